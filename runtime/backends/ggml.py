@@ -1,0 +1,281 @@
+"""The fast backend: Griffin as ggml graphs, weights mapped from the file.
+
+A graph is built for a number of tokens and a state; the one-token graph is built once and replayed, only
+its inputs change. Graphs read and write the state's tensors where they lie.
+"""
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from griffin_gguf.runtime import state as states
+from griffin_gguf.runtime.arch import Hyperparameters
+from griffin_gguf.runtime.errors import BackendError
+from griffin_gguf.runtime.ggml import abi
+from griffin_gguf.runtime.ggml.device import Allocator, Device
+from griffin_gguf.runtime.ggml.graph import Context, Tensor
+from griffin_gguf.runtime.ggml.selftest import selftest
+from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.griffin import Inputs, Rows, chunk_inputs, forward
+from griffin_gguf.runtime.state import CHUNK, AttentionState, LayerState
+
+#: The longest block of the blocked scan: beyond it, running products cost more than carries save.
+_LONGEST_BLOCK = 32
+
+
+class GgmlBackend:
+    """See the module's head."""
+
+    name = "ggml"
+
+    def __init__(self, file: GgufFile, threads: int | None = None) -> None:
+        self.hp = file.hyperparameters()
+        self.device = Device(threads)
+        selftest(self.device)
+        self.weights = Weights(file, self.device)
+        # Keys and values in f16 cost up to 2e-3 of the largest logit: nothing beside quantized weights, but an
+        # F32 file is there to be exact (1e-6).
+        exact = self.weights.tensors["token_embd.weight"].type == abi.F32
+        self._kv_type = abi.F32 if exact else abi.F16
+        self._allocators: dict[tuple[int, Rows], Allocator] = {}
+
+    def new_state(self) -> "GgmlState":
+        """A state at position 0."""
+        return GgmlState(self.device, self.hp, self._kv_type)
+
+    def run(self, tokens: NDArray[np.int32], state: "GgmlState", rows: Rows) -> NDArray[np.float32] | None:
+        """Feed one chunk: logits [T, V], [1, V] or None."""
+        graph = self._graph(state, len(tokens), rows)
+        ring = states.ring_rows(self.hp)
+        logits = graph.run(self.device, chunk_inputs(tokens, state.position, self.hp.window, ring))
+        state.position += len(tokens)
+        return logits
+
+    def _graph(self, state: "GgmlState", count: int, rows: Rows) -> "Graph":
+        """The state's graph for `count` tokens; those for one token and for a whole chunk are kept."""
+        key = (count, rows)
+        if count not in (1, CHUNK):
+            return Graph(self, state, count, rows, self.device.allocator())
+        if key not in state.graphs:
+            if key not in self._allocators:
+                self._allocators[key] = self.device.allocator()
+            state.graphs[key] = Graph(self, state, count, rows, self._allocators[key])
+        return state.graphs[key]
+
+    def close(self) -> None:
+        """Release weights and memory; states made here are dead after it."""
+        for allocator in self._allocators.values():
+            allocator.close()
+        self.weights.close()
+
+
+class Weights:
+    """Every tensor of the file on the device: mapped where it can, else copied."""
+
+    def __init__(self, file: GgufFile, device: Device) -> None:
+        self._context = Context(len(file.tensors))
+        self._mapping = file.mapping()  # keeps the pages alive for as long as the tensors
+        self.tensors = {name: self._context.new(t.shape, int(t.type)) for name, t in file.tensors.items()}
+        largest = max(t.nbytes for t in file.tensors.values())
+        buffer = device.map(self._mapping, largest)
+        if buffer is not None and file.alignment % device.alignment(buffer) == 0:
+            for name, tensor in self.tensors.items():
+                device.place(buffer, tensor, file.data(name))
+        else:
+            buffer = device.allocate(self._context)
+            for name, tensor in self.tensors.items():
+                device.write(tensor, file.data(name))
+        self._buffer = buffer
+
+    def close(self) -> None:
+        """Give the buffer and the mapping back."""
+        self.tensors = {}
+        self._buffer.close()
+        self._context.close()
+        self._mapping = np.empty(0, np.uint8)
+
+
+class GgmlState:
+    """The memory of one text on a device, its keys and values of type `kv`, and the graphs that work on it."""
+
+    def __init__(self, device: Device, hp: Hyperparameters, kv: int) -> None:
+        self.position = 0
+        self.graphs: dict[tuple[int, Rows], Graph] = {}
+        self._device, self._hp, self._kv_type = device, hp, kv
+        self._context = Context(2 * hp.layers)
+        self.layers: list[LayerState[Tensor]] = states.build(hp, self._context.new, self._kv)
+        self._buffer = device.allocate(self._context)
+        self._buffer.clear()
+
+    def _kv(self, shape: tuple[int, ...]) -> Tensor:
+        return self._context.new(shape, self._kv_type)
+
+    def copy(self) -> "GgmlState":
+        """An independent state that continues from the same point."""
+        other = GgmlState(self._device, self._hp, self._kv_type)
+        for source, target in zip(states.arrays(self.layers), states.arrays(other.layers), strict=True):
+            self._device.lib.ggml_backend_tensor_copy(source.handle, target.handle)
+        other.position = self.position
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return states.nbytes(self._hp, kv_item=2 if self._kv_type == abi.F16 else 4)
+
+
+class Graph:
+    """The forward pass of `count` tokens on one state."""
+
+    def __init__(self, backend: GgmlBackend, state: GgmlState, count: int, rows: Rows, allocator: Allocator) -> None:
+        hp = backend.hp
+        size = 64 + hp.layers * (64 + 8 * scan_nodes(count))
+        self._context = context = Context(size, nodes=size)
+        # An input that no node reads has no memory: a model may lack one kind of layer.
+        self._recurrent, self._attention = any(hp.recurrent), not all(hp.recurrent)
+        self._allocator = allocator  # owns the addresses of this graph's tensors
+        self._inputs = Inputs(
+            tokens=context.input((count,), abi.I32),
+            positions=context.input((count,), abi.I32),
+            keep=context.input((count, 1)),
+            slots=context.input((count,), abi.I64),
+            mask=context.input((count, states.ring_rows(hp)), abi.F16),
+        )
+        ops = GgmlOps(context, backend.weights.tensors, hp)
+        logits = forward(ops, hp, state.layers, self._inputs, rows)
+        self._logits = context.output(logits) if logits is not None else None
+        lacking = backend.device.unsupported(context)
+        if lacking:
+            raise BackendError(f"ggml: {backend.device.name} has no operation {lacking} for this model's types")
+        allocator.place(context)
+
+    def run(self, device: Device, inputs: Inputs[NDArray[np.generic]]) -> NDArray[np.float32] | None:
+        """Compute on these inputs; the logits, where the graph has them."""
+        device.write(self._inputs.tokens, inputs.tokens)
+        if self._recurrent:
+            device.write(self._inputs.keep, inputs.keep)
+        if self._attention:
+            mask = np.where(inputs.mask, np.float16(0), np.float16(-np.inf))
+            device.write(self._inputs.positions, inputs.positions)
+            device.write(self._inputs.slots, inputs.slots)
+            device.write(self._inputs.mask, mask)
+        device.run(self._context)
+        return device.read(self._logits) if self._logits is not None else None
+
+
+class GgmlOps:
+    """The operations of griffin.py as nodes of a graph."""
+
+    def __init__(self, context: Context, weights: dict[str, Tensor], hp: Hyperparameters) -> None:
+        self._graph, self._weights, self._hp = context, weights, hp
+
+    def _biased(self, name: str, y: Tensor) -> Tensor:
+        bias = self._weights.get(f"{name}.bias")
+        return y if bias is None else self._graph.add(y, bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        rows = self._graph.get_rows(self._weights["token_embd.weight"], tokens)
+        return self._graph.scale(rows, self._hp.embedding_scale)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return self._graph.mul(self._graph.rms_norm(x, self._hp.norm_eps), self._weights[f"{name}.weight"])
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return self._biased(name, self._graph.matmul(self._weights[f"{name}.weight"], x))
+
+    def block_linear(self, name: str, x: Tensor) -> Tensor:
+        g, weight = self._graph, self._weights[f"{name}.weight"]
+        blocks, width = weight.shape[:2]
+        y = g.matmul(weight, g.swap(g.reshape(x, (x.shape[0], blocks, width))))  # [G, T, B]
+        if x.shape[0] > 1:  # of one token, [G, 1, B] already lies as [1, W]
+            y = g.dense(g.swap(y))
+        return self._biased(name, g.reshape(y, x.shape))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._graph.add(x, y)
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._graph.mul(x, y)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return self._graph.unary("sigmoid", x)
+
+    def gelu_gate(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._graph.gelu_gate(x, y)
+
+    def conv(self, name: str, z: Tensor, tail: Tensor) -> Tensor:
+        g, (count, width) = self._graph, z.shape
+        columns = g.dense(g.transpose(z)) if count > 1 else g.reshape(z, (width, 1))
+        padded = g.concat(tail, columns)  # [W, C-1+T]
+        kept = tail.shape[1]
+        g.store(g.view(padded, (width, kept), (kept + count,), count), tail)
+        return self._biased(name, g.conv(padded, self._weights[f"{name}.weight"]))
+
+    def decay(self, name: str, r: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        g = self._graph
+        a = g.mul(g.unary("exp", g.mul(r, self._weights[name])), keep)
+        return a, g.unary("sqrt", g.scale(g.unary("sqr", a), -1.0, 1.0))
+
+    def scan(self, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+        """In place on `b`, in blocks of tokens, so that few nodes do it.
+
+        First a chain inside all blocks at once, with the running product of `a`; then, block by block, what
+        the blocks before carry over: h_t = b'_t + (a_t ⋯ a_first) ⊙ h_last of the block before.
+        """
+        g, (count, width) = self._graph, b.shape
+        length = block_length(count)
+        blocks = count // length
+
+        def column(x: Tensor, j: int) -> Tensor:
+            """Token j of every block: [blocks, W]."""
+            return g.view(x, (blocks, width), (length * width,), j * width)
+
+        local, product = column(b, 0), column(a, 0)
+        for j in range(1, length):
+            step = column(a, j)
+            local = g.expand(g.add_into(column(b, j), g.mul(step, local)))
+            product = g.expand(g.mul_into(step, product))
+        bounds = [m * length for m in range(blocks)] + list(range(blocks * length, count + 1))
+        carry = g.reshape(h, (1, width))
+        for start, stop in itertools.pairwise(bounds):
+            g.expand(g.add_into(g.rows(b, start, stop), g.mul(g.rows(a, start, stop), carry)))
+            carry = g.rows(b, stop - 1, stop)
+        g.store(carry, h)
+        return b
+
+    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        heads = self._graph.reshape(x, (x.shape[0], x.shape[1] // self._hp.head_width, self._hp.head_width))
+        turned = self._graph.rope(heads, positions, self._hp.rope_width, self._hp.rope_base)
+        return self._graph.reshape(turned, x.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: AttentionState[Tensor], inputs: Inputs[Tensor]) -> Tensor:
+        g, hp = self._graph, self._hp
+        keys = self._heads(g.set_rows(ring.k, k, inputs.slots))
+        values = self._heads(g.set_rows(ring.v, v, inputs.slots))
+        queries = g.swap(g.reshape(q, (q.shape[0], hp.heads, hp.head_width)))  # [N, T, D]
+        return g.reshape(g.attention(queries, keys, values, inputs.mask, hp.head_width**-0.5), q.shape)
+
+    def _heads(self, ring: Tensor) -> Tensor:
+        """[R, J] -> [K, R, D], as a view."""
+        rows, width = ring.shape
+        return self._graph.view(ring, (self._hp.kv_heads, rows, self._hp.head_width), (self._hp.head_width, width), 0)
+
+    def last(self, x: Tensor) -> Tensor:
+        return self._graph.rows(x, x.shape[0] - 1, x.shape[0])
+
+    def head(self, x: Tensor) -> Tensor:
+        g, cap = self._graph, self._hp.logit_cap
+        z = g.matmul(self._weights["output.weight" if self._hp.untied else "token_embd.weight"], x)
+        return g.scale(g.unary("tanh", g.scale(z, 1 / cap)), cap)
+
+
+def scan_nodes(count: int, length: int | None = None) -> int:
+    """Computing nodes of a scan over `count` tokens in blocks of `length` (the best one if None)."""
+    length = length or block_length(count)
+    return 3 * (length - 1) + 2 * (count // length) + 2 * (count % length) + 1
+
+
+def block_length(count: int) -> int:
+    """Tokens a block of the scan so that it has the fewest nodes: 1 for one token, 16 for 512."""
+    return min(range(1, min(count, _LONGEST_BLOCK) + 1), key=lambda length: scan_nodes(count, length))

@@ -1,0 +1,1 @@
+"""ggml as llama-cpp-python ships it, by ctypes: declarations, devices, graphs."""

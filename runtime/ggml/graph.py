@@ -1,0 +1,231 @@
+"""Tensors with shapes, and the operations of ggml that Griffin needs.
+
+ggml offers no getter for a tensor's shape or type, so both are kept here. Shapes are NumPy's (slowest
+dimension first), the reverse of ggml's `ne`; an operation checks them before the call, since ggml itself
+would end the process. All data named here is dense unless a view says otherwise.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import pi, prod, sqrt
+from typing import Any
+
+from griffin_gguf.runtime.errors import BackendError
+from griffin_gguf.runtime.ggml import abi
+
+_BYTES = {abi.F32: 4, abi.F16: 2, abi.I32: 4, abi.I64: 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A `ggml_tensor *` with its shape (NumPy order, 1 to 4 dimensions) and ggml type."""
+
+    handle: int
+    shape: tuple[int, ...]
+    type: int = abi.F32
+
+
+class Context:
+    """A `ggml_context` for `tensors` headers and, where `nodes` is given, one graph of that many nodes.
+
+    It holds no data: a buffer (weights, state) or the graph allocator gives each tensor its place.
+    """
+
+    def __init__(self, tensors: int, nodes: int = 0) -> None:
+        self.lib = abi.load()
+        graph_bytes = self.lib.ggml_graph_overhead_custom(nodes, False) if nodes else 0
+        self._handle: int | None = self.lib.ggml_init(
+            abi.InitParams(self.lib.ggml_tensor_overhead() * tensors + graph_bytes, None, True)
+        )
+        if not self._handle:
+            raise BackendError("ggml: out of memory for a context")
+        self.graph: int = self.lib.ggml_new_graph_custom(self._handle, nodes, False) if nodes else 0
+
+    @property
+    def handle(self) -> int:
+        """The `ggml_context *`."""
+        assert self._handle, "used after close()"
+        return self._handle
+
+    def close(self) -> None:
+        """Free every header; handles of this context are dead after it."""
+        if self._handle:
+            self.lib.ggml_free(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    # -- tensors ------------------------------------------------------------------------------------
+
+    def new(self, shape: Sequence[int], type: int = abi.F32) -> Tensor:
+        """A tensor without data yet."""
+        assert 1 <= len(shape) <= 4, shape
+        assert all(n > 0 for n in shape), shape
+        ne = (ctypes.c_int64 * len(shape))(*reversed(shape))
+        handle = self.lib.ggml_new_tensor(self.handle, type, len(shape), ctypes.addressof(ne))
+        return Tensor(handle, tuple(shape), type)
+
+    def input(self, shape: Sequence[int], type: int = abi.F32) -> Tensor:
+        """A tensor that the caller fills before each run of the graph."""
+        tensor = self.new(shape, type)
+        self.lib.ggml_set_input(tensor.handle)
+        return tensor
+
+    def view(self, x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+        """Part of `x`: `strides` (all but the innermost, which is dense) and `offset` count elements."""
+        assert len(strides) == len(shape) - 1, (shape, strides)
+        assert offset + sum((n - 1) * s for n, s in zip(shape, (*strides, 1), strict=True)) < prod(x.shape), (x, shape)
+        size = _BYTES[x.type]
+        ne = [*reversed(shape), 1, 1, 1][:4]
+        nb = [s * size for s in reversed(strides)]
+        while len(nb) < 3:
+            nb.append((nb[-1] if nb else size) * ne[len(nb)])
+        return Tensor(self.lib.ggml_view_4d(self.handle, x.handle, *ne, *nb, offset * size), tuple(shape), x.type)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a dense `x` [T, ...]."""
+        width = prod(x.shape[1:])
+        shape = (stop - start, *x.shape[1:])
+        strides = [prod(x.shape[i + 1 :]) for i in range(len(x.shape) - 1)]
+        return self.view(x, shape, strides, start * width)
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The same dense data under another shape."""
+        assert prod(shape) == prod(x.shape), (x.shape, shape)
+        ne = [*reversed(shape), 1, 1, 1][:4]
+        return Tensor(self.lib.ggml_reshape_4d(self.handle, x.handle, *ne), tuple(shape), x.type)
+
+    def swap(self, x: Tensor) -> Tensor:
+        """The two slowest dimensions of a 3-D `x` exchanged, as a strided view."""
+        a, b, c = x.shape
+        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 0, 2, 1, 3), (b, a, c), x.type)
+
+    def transpose(self, x: Tensor) -> Tensor:
+        """[A, B] -> [B, A], as a strided view."""
+        a, b = x.shape
+        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 1, 0, 2, 3), (b, a), x.type)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """A contiguous copy of a view."""
+        return Tensor(self.lib.ggml_cont(self.handle, x.handle), x.shape, x.type)
+
+    # -- arithmetic ---------------------------------------------------------------------------------
+
+    def unary(self, op: str, x: Tensor) -> Tensor:
+        """sqr, sqrt, exp, sigmoid or tanh of each element."""
+        return Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle), x.shape)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, `y` repeated over the leading dimensions of `x`."""
+        return self._binary("add", x, y)
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        """x · y element by element, `y` repeated over the leading dimensions of `x`."""
+        return self._binary("mul", x, y)
+
+    def add_into(self, x: Tensor, y: Tensor) -> Tensor:
+        """x += y; the result is `x` at the same place, to be used in its stead."""
+        return self._binary("add_inplace", x, y)
+
+    def mul_into(self, x: Tensor, y: Tensor) -> Tensor:
+        """x ·= y; the result is `x` at the same place, to be used in its stead."""
+        return self._binary("mul_inplace", x, y)
+
+    def _binary(self, op: str, x: Tensor, y: Tensor) -> Tensor:
+        padded = (1,) * (len(x.shape) - len(y.shape)) + y.shape
+        assert all(n % m == 0 for n, m in zip(x.shape, padded, strict=True)), (op, x.shape, y.shape)
+        return Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle, y.handle), x.shape)
+
+    def scale(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
+        """factor · x + bias."""
+        return Tensor(self.lib.ggml_scale_bias(self.handle, x.handle, factor, bias), x.shape)
+
+    def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x @ weight.T: weight [.., M, K] of any type, x [.., T, K] -> [.., T, M] in f32."""
+        assert weight.shape[-1] == x.shape[-1], (weight.shape, x.shape)
+        assert weight.shape[:-2] == x.shape[:-2], (weight.shape, x.shape)
+        shape = (*x.shape[:-1], weight.shape[-2])
+        return Tensor(self.lib.ggml_mul_mat(self.handle, weight.handle, x.handle), shape)
+
+    def gelu_gate(self, x: Tensor, y: Tensor) -> Tensor:
+        """gelu_tanh(x) · y, exact to f32: gelu_tanh(x) = x·σ(u) with u = x·s, s = 2·sqrt(2/π)·(1 + 0.044715 x²).
+
+        So it is u·σ(u) · y/s. ggml's own gelu reads a table of f16, off by up to 5e-4 of the value.
+        """
+        assert x.shape == y.shape, (x.shape, y.shape)
+        slope = 2 * sqrt(2 / pi)
+        s = self.scale(self.unary("sqr", x), 0.044715 * slope, slope)
+        u, v = self.mul(x, s), self._binary("div", y, s)
+        return Tensor(self.lib.ggml_swiglu_split(self.handle, u.handle, v.handle), x.shape)
+
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
+        """x · rsqrt(mean x² + eps) over the last dimension."""
+        return Tensor(self.lib.ggml_rms_norm(self.handle, x.handle, eps), x.shape)
+
+    # -- rows, convolution, attention ---------------------------------------------------------------
+
+    def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows `ids` (i32 [T]) of `table` [V, H], dequantized: f32 [T, H]."""
+        assert ids.type == abi.I32, ids
+        return Tensor(self.lib.ggml_get_rows(self.handle, table.handle, ids.handle), (ids.shape[0], table.shape[1]))
+
+    def set_rows(self, table: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+        """Write `values` [T, J] to rows `ids` (i64 [T]) of `table` [R, J]; the result is `table` after it."""
+        assert ids.type == abi.I64, ids
+        assert table.shape[1] == values.shape[1], (table.shape, values.shape)
+        handle = self.lib.ggml_set_rows(self.handle, table.handle, values.handle, ids.handle)
+        return Tensor(handle, table.shape, table.type)
+
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x` [M, A] before `y` [M, B] along the last dimension."""
+        assert x.shape[0] == y.shape[0], (x.shape, y.shape)
+        handle = self.lib.ggml_concat(self.handle, x.handle, y.handle, 0)
+        return Tensor(handle, (x.shape[0], x.shape[1] + y.shape[1]), x.type)
+
+    def conv(self, x: Tensor, taps: Tensor) -> Tensor:
+        """Depthwise: x [W, C-1+T], taps [W, C] -> [T, W], sum over k of taps[:, k] · x[:, t+k]."""
+        width, length = x.shape
+        count = length - taps.shape[1] + 1
+        padded = self.reshape(x, (1, width, length))
+        handle = self.lib.ggml_ssm_conv(self.handle, padded.handle, taps.handle)
+        return self.reshape(Tensor(handle, (1, count, width)), (count, width))
+
+    def rope(self, x: Tensor, positions: Tensor, width: int, base: float) -> Tensor:
+        """Turn pairs (j, j + width/2), j < width/2, of x [T, N, D] by position · base^(-2j/width)."""
+        assert positions.shape == (x.shape[0],), (x.shape, positions.shape)
+        handle = self.lib.ggml_rope_ext(
+            self.handle, x.handle, positions.handle, None, width, abi.ROPE_NEOX, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0
+        )
+        return Tensor(handle, x.shape)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """softmax(scale · q kᵀ + mask) v: q [N, T, D], k and v [K, R, D], mask f16 [T, R] -> [T, N, D]."""
+        heads, count, width = q.shape
+        assert mask.type == abi.F16, mask
+        assert mask.shape == (count, k.shape[1]), (mask.shape, q.shape, k.shape)
+        handle = self.lib.ggml_flash_attn_ext(self.handle, q.handle, k.handle, v.handle, mask.handle, scale, 0.0, 0.0)
+        return Tensor(handle, (count, heads, width))
+
+    # -- the graph ----------------------------------------------------------------------------------
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Put `x`, and whatever it needs, next in the graph's order; returns `x`."""
+        self.lib.ggml_build_forward_expand(self.graph, x.handle)
+        return x
+
+    def store(self, value: Tensor, target: Tensor) -> None:
+        """Copy `value` into a tensor that outlives the graph, at this point of its order."""
+        assert prod(value.shape) == prod(target.shape), (value.shape, target.shape)
+        self.expand(Tensor(self.lib.ggml_cpy(self.handle, value.handle, target.handle), target.shape, target.type))
+
+    def output(self, x: Tensor) -> Tensor:
+        """Mark `x` as read by the caller after the run."""
+        self.lib.ggml_set_output(x.handle)
+        return self.expand(x)
+
+    def nodes(self) -> list[int]:
+        """The handles of the graph's nodes, in order."""
+        lib: Any = self.lib
+        return [lib.ggml_graph_node(self.graph, i) for i in range(lib.ggml_graph_n_nodes(self.graph))]
