@@ -200,13 +200,15 @@ class _Cursor:
 
     def take(self, count: int, field: str) -> int:
         """Where the next `count` bytes start; the cursor moves past them."""
-        left = self.end - self.at
-        if count > left:
-            if self.end < len(self.buffer):
-                raise FileFormatError(self.path, field, f"the header is longer than {MAX_HEADER} bytes")
-            raise FileFormatError(self.path, field, f"needs {count} bytes at byte {self.at}, the file has {left} left")
+        if count > self.end - self.at:
+            raise self.too_long(field, f"needs {count} bytes at byte {self.at}, the file has {self.end - self.at} left")
         start, self.at = self.at, self.at + count
         return start
+
+    def too_long(self, field: str, problem: str) -> FileFormatError:
+        if self.end < len(self.buffer):
+            problem = f"the header is longer than {MAX_HEADER} bytes"
+        return FileFormatError(self.path, field, problem)
 
     def u32(self, field: str) -> int:
         return _U32.unpack_from(self.buffer, self.take(4, field))[0]
@@ -218,8 +220,10 @@ class _Cursor:
         """Read how many items of at least `item_bytes` follow: at most `limit` and what the bytes left can hold."""
         n = self.u64(field)
         room = (self.end - self.at) // item_bytes
-        if n > min(limit, room):
-            raise FileFormatError(self.path, field, f"says {n} items, at most {min(limit, room)} can follow")
+        if n > limit:
+            raise FileFormatError(self.path, field, f"says {n} items, at most {limit} are read")
+        if n > room:
+            raise self.too_long(field, f"says {n} items, at most {room} can follow")
         return n
 
     def string(self, field: str, limit: int = MAX_HEADER) -> str:

@@ -6,7 +6,7 @@ convolution, the scan and the attention all read what the chunks before left beh
 """
 
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def mlp(ops: Ops[A], block: str, u: A) -> A:
     return ops.linear(f"{block}.ffn_down", ops.gelu_gate(gate, up))
 
 
-def chunk_inputs(tokens: NDArray[np.int32], position: int, window: int, ring: int) -> Inputs[NDArray[np.generic]]:
+def chunk_inputs(tokens: NDArray[np.int32], position: int, window: int, ring: int) -> Inputs[NDArray[Any]]:
     """The inputs of a chunk that starts at `position`, as arrays; the mask is bool [T, R], True where seen.
 
     The ring holds position p in row p % R. After the chunk is written, row s holds the latest position up to

@@ -5,6 +5,7 @@ its inputs change. Graphs read and write the state's tensors where they lie.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +151,7 @@ class Graph:
             raise BackendError(f"ggml: {backend.device.name} has no operation {lacking} for this model's types")
         allocator.place(context)
 
-    def run(self, device: Device, inputs: Inputs[NDArray[np.generic]]) -> NDArray[np.float32] | None:
+    def run(self, device: Device, inputs: Inputs[NDArray[Any]]) -> NDArray[np.float32] | None:
         """Compute on these inputs; the logits, where the graph has them."""
         device.write(self._inputs.tokens, inputs.tokens)
         if self._recurrent:

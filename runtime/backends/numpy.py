@@ -6,6 +6,7 @@ memory as quantized; the embedding is dequantized in slices of rows.
 
 from dataclasses import dataclass
 from math import pi, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,7 @@ class NumpyOps:
     def _biased(self, name: str, y: Array) -> Array:
         return y + self._weight(f"{name}.bias") if f"{name}.bias" in self._file.tensors else y
 
-    def embed(self, tokens: NDArray[np.generic]) -> Array:
+    def embed(self, tokens: NDArray[Any]) -> Array:
         info = self._file.tensors["token_embd.weight"]
         data = self._file.data(info.name)
         rows = [dequantize(info, data, int(t), int(t) + 1) for t in tokens]
@@ -121,7 +122,7 @@ class NumpyOps:
         shifted = np.lib.stride_tricks.sliding_window_view(padded, taps.shape[1], axis=0)  # [T, W, C]
         return self._biased(name, np.einsum("twc,wc->tw", shifted, taps))
 
-    def decay(self, name: str, r: Array, keep: NDArray[np.generic]) -> tuple[Array, Array]:
+    def decay(self, name: str, r: Array, keep: NDArray[Any]) -> tuple[Array, Array]:
         log_a = r * self._weight(name)
         # expm1: 1 - exp(x) loses its digits where a is near 1.
         m = np.where(keep != 0, np.sqrt(-np.expm1(2 * log_a)), np.float32(1))
@@ -135,18 +136,18 @@ class NumpyOps:
         self.stores.append((h, last))
         return out
 
-    def rope(self, x: Array, positions: NDArray[np.generic]) -> Array:
+    def rope(self, x: Array, positions: NDArray[Any]) -> Array:
         half = self._hp.rope_width // 2
         frequency = self._hp.rope_base ** (-np.arange(half) / half)
         angle = positions[:, None, None] * frequency  # f64 [T, 1, half]
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        heads = x.reshape(len(x), -1, self._hp.head_width)
-        first, second, rest = np.split(heads, [half, 2 * half], axis=-1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).reshape(x.shape)
+        out = x.reshape(len(x), -1, self._hp.head_width).copy()
+        first, second = out[:, :, :half].copy(), out[:, :, half : 2 * half].copy()
+        out[:, :, :half] = first * cos - second * sin
+        out[:, :, half : 2 * half] = second * cos + first * sin
+        return out.reshape(x.shape)
 
-    def attend(
-        self, q: Array, k: Array, v: Array, ring: AttentionState[Array], inputs: Inputs[NDArray[np.generic]]
-    ) -> Array:
+    def attend(self, q: Array, k: Array, v: Array, ring: AttentionState[Array], inputs: Inputs[NDArray[Any]]) -> Array:
         # Rows that a chunk overwrites lie outside the window of the state as it was: no harm if it fails later.
         ring.k[inputs.slots], ring.v[inputs.slots] = k, v
         hp, count = self._hp, len(q)

@@ -139,7 +139,6 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_gallocr_alloc_graph": "b pp",
     "ggml_gallocr_get_buffer_size": "z pi",
     # devices, buffers, data
-    "ggml_backend_load_all": "v",
     "ggml_backend_init_best": "p",
     "ggml_backend_dev_by_type": "p i",
     "ggml_backend_dev_init": "p ps",

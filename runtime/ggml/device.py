@@ -21,11 +21,13 @@ def physical_cores() -> int:
 class Buffer:
     """Memory of a device that holds tensors; freed with the object."""
 
+    handle: int | None = None
+
     def __init__(self, handle: int | None, what: str) -> None:
         if not handle:
             raise BackendError(f"ggml: no memory for {what}")
-        self.handle: int | None = handle
         self._lib = abi.load()
+        self.handle = handle
 
     @property
     def nbytes(self) -> int:
@@ -49,10 +51,11 @@ class Buffer:
 class Device:
     """The best device there is (Metal on a Mac, else the CPU), with `threads` CPU threads."""
 
+    _backend: int | None = None  # until ggml is loaded, which may fail
+
     def __init__(self, threads: int | None = None) -> None:
         self.lib = abi.load()
-        self.lib.ggml_backend_load_all()
-        self._backend: int | None = self.lib.ggml_backend_init_best()
+        self._backend = self.lib.ggml_backend_init_best()
         if not self._backend:
             raise BackendError("ggml: found no device to run on")
         self._device: int = self.lib.ggml_backend_get_device(self._backend)

@@ -32,10 +32,12 @@ class Context:
     It holds no data: a buffer (weights, state) or the graph allocator gives each tensor its place.
     """
 
+    _handle: int | None = None
+
     def __init__(self, tensors: int, nodes: int = 0) -> None:
         self.lib = abi.load()
         graph_bytes = self.lib.ggml_graph_overhead_custom(nodes, False) if nodes else 0
-        self._handle: int | None = self.lib.ggml_init(
+        self._handle = self.lib.ggml_init(
             abi.InitParams(self.lib.ggml_tensor_overhead() * tensors + graph_bytes, None, True)
         )
         if not self._handle:

@@ -1,0 +1,120 @@
+"""The public calls of a loaded model: state, chunks, refusals."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import random_model
+
+from griffin_gguf.runtime import Model, load
+from griffin_gguf.runtime.errors import BackendError, FileFormatError, UnsupportedError
+from griffin_gguf.runtime.ggml import abi
+
+TOKENS = np.random.default_rng(11).integers(0, 384, 160)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model"), attention_window_size=12)
+
+
+@pytest.fixture(scope="module", params=["numpy", "ggml"])
+def model(path: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
+    with load(path, backend=request.param, threads=1) as loaded:
+        yield loaded
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(1, 159), max_size=12, unique=True))
+def test_a_text_may_be_cut_anywhere(model: Model, cuts: list[int]) -> None:
+    whole = model.forward(TOKENS, model.new_state(), every=True)
+    state, parts = model.new_state(), []
+    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), len(TOKENS)], strict=True):
+        parts.append(model.forward(TOKENS[start:stop], state, every=True))
+    assert state.position == len(TOKENS)
+    assert np.abs(np.concatenate(parts) - whole).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_the_last_row_of_every_is_what_forward_returns(model: Model) -> None:
+    last = model.forward(TOKENS, model.new_state())
+    every = model.forward(TOKENS, model.new_state(), every=True)
+    assert last.shape == (384,)
+    assert np.abs(last - every[-1]).max() <= 1e-5 * np.abs(last).max()
+
+
+def test_the_same_text_gives_the_same_bits(model: Model) -> None:
+    assert np.array_equal(model.forward(TOKENS, model.new_state()), model.forward(TOKENS, model.new_state()))
+
+
+def test_a_copy_goes_its_own_way(model: Model) -> None:
+    state = model.new_state()
+    model.forward(TOKENS[:50], state)
+    twin = state.copy()
+    assert twin.position == 50
+    ahead = model.forward(TOKENS[50:90], state)
+    model.forward(TOKENS[90:140], state)
+    assert np.array_equal(model.forward(TOKENS[50:90], twin), ahead)
+    assert (state.position, twin.position) == (140, 90)
+
+
+def test_two_texts_interleaved_do_not_meet(model: Model) -> None:
+    alone = [model.forward(TOKENS[:40], model.new_state()), model.forward(TOKENS[40:80], model.new_state())]
+    states = [model.new_state(), model.new_state()]
+    found = alone
+    for t in range(40):
+        found = [model.forward(TOKENS[t : t + 1], states[0]), model.forward(TOKENS[40 + t : 41 + t], states[1])]
+    for expected, logits in zip(alone, found, strict=True):
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_state_never_grows(model: Model) -> None:
+    hp, state = model.hp, model.new_state()
+    ring = (hp.window + 512) * hp.kv_heads * hp.head_width
+    expected = sum(4 * hp.lru_width * hp.conv_taps if r else 2 * 4 * ring for r in hp.recurrent)
+    assert state.nbytes == expected
+    model.forward(np.tile(TOKENS, 10), state)
+    assert state.nbytes == expected
+
+
+@pytest.mark.parametrize("tokens", [[], [384], [-1], [[1, 2]]])
+def test_tokens_that_cannot_be_are_refused_and_the_state_stays(model: Model, tokens: list[int]) -> None:
+    state = model.new_state()
+    model.forward(TOKENS[:3], state)
+    with pytest.raises(UnsupportedError, match="tokens: "):
+        model.forward(tokens, state)
+    assert state.position == 3
+    after = model.forward(TOKENS[3:9], state)
+    assert np.abs(after - model.forward(TOKENS[:9], model.new_state())).max() <= 1e-5 * np.abs(after).max()
+
+
+def test_arguments_out_of_range_are_refused_by_name(path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="threads: "):
+        load(path, threads=0)
+    with pytest.raises(UnsupportedError, match="backend: "):
+        load(path, backend="cuda")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileFormatError, match="nowhere"):
+        load(path.parent / "nowhere.gguf")
+
+
+def test_auto_takes_ggml_and_says_nothing(path: Path) -> None:
+    with load(path) as model:
+        assert (model.backend, model.notice) == ("ggml", None)
+
+
+def test_another_ggml_is_an_error_and_only_auto_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = abi.GGML_VERSION
+    monkeypatch.setattr(abi, "GGML_VERSION", "0.1.2")
+    abi.load.cache_clear()
+    try:
+        with pytest.raises(BackendError, match=rf"0\.1\.2.*{found}"):
+            load(path, backend="ggml")
+        with load(path) as model:
+            assert model.backend == "numpy"
+            assert model.notice is not None
+            assert "0.1.2" in model.notice
+            assert found in model.notice
+    finally:
+        abi.load.cache_clear()

@@ -1,0 +1,56 @@
+"""Hyperparameters of the published models and of tiny ones, and random weights in GGUF layout for them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+from numpy.typing import NDArray
+
+from griffin_gguf.quant.recipes import Metadata
+from griffin_gguf.runtime.arch import ARCHITECTURE, Hyperparameters, Tensor, to_metadata
+
+Weights = dict[str, NDArray[np.float32]]
+
+TWO_B = Hyperparameters(
+    layers=26, context=8192, hidden=2560, mlp_width=7680, vocab=256000, heads=10, kv_heads=1, head_width=256,
+    window=2048, norm_eps=float(np.float32(1e-6)), rope_width=128, rope_base=10000.0, logit_cap=30.0,
+    embedding_scale=50.5, conv_taps=4, lru_width=2560, gate_blocks=10, recurrent=tuple(i % 3 != 2 for i in range(26)),
+)  # fmt: skip
+NINE_B = replace(
+    TWO_B, layers=38, hidden=4096, mlp_width=12288, heads=16, embedding_scale=64.0, lru_width=4096, gate_blocks=16,
+    recurrent=tuple(i % 3 != 2 for i in range(38)),
+)  # fmt: skip
+
+
+def tiny(**overrides: Any) -> Hyperparameters:
+    """Five layers whose rows are multiples of 256, so that K-quants fit; some 2 million weights."""
+    base = replace(
+        TWO_B, layers=5, hidden=256, mlp_width=512, vocab=300, heads=2, head_width=128, rope_width=64, lru_width=512,
+        gate_blocks=2, window=16, embedding_scale=16.0, recurrent=(True, True, False, True, True),
+    )  # fmt: skip
+    return replace(base, **overrides)
+
+
+def metadata(hp: Hyperparameters) -> Metadata:
+    """The keys of a GGUF of that model, without a tokenizer."""
+    keys: Metadata = {"general.architecture": (ARCHITECTURE, GGUFValueType.STRING, None)}
+    for name, (value, kind) in to_metadata(hp).items():
+        keys[name] = (value, kind, GGUFValueType.BOOL if kind is GGUFValueType.ARRAY else None)
+    return keys
+
+
+def weights(hp: Hyperparameters, seed: int = 0) -> Weights:
+    """Small random weights, float32, by GGUF name."""
+    rng = np.random.default_rng(seed)
+    return {t.name: rng.normal(0, 0.05, t.shape).astype(np.float32) for t in hp.tensors()}
+
+
+def reader(found: Weights) -> Callable[[Tensor, int, int], NDArray[np.float32]]:
+    """Read rows as the writer asks for them."""
+
+    def read(tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        return found[tensor.name].reshape(-1, tensor.shape[-1])[start:stop]
+
+    return read
