@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gguf import GGUFValueType
 
@@ -316,9 +316,10 @@ def _field(path: Path, metadata: Mapping[str, Any], suffix: str, kind: GGUFValue
         raise FileFormatError(path, name, "is missing")
     value = metadata[name]
     if kind is GGUFValueType.ARRAY:
-        if not isinstance(value, list) or not all(isinstance(v, bool) for v in value):
+        items = cast(list[Any], value) if isinstance(value, list) else None
+        if items is None or not all(isinstance(v, bool) for v in items):
             raise FileFormatError(path, name, f"expected an array of bool, found {type(value).__name__}")
-        return tuple(value)
+        return tuple(items)
     wanted = int if kind is GGUFValueType.UINT32 else float
     if type(value) is not wanted:
         raise FileFormatError(path, name, f"expected {wanted.__name__}, found {type(value).__name__}")

@@ -231,6 +231,12 @@ class _Cursor:
         start = self.take(n, field)
         return self.decode(self.buffer[start : start + n], field)
 
+    def name(self, field: str, limit: int) -> str:
+        name = self.string(field, limit)
+        if not name or not name.isprintable():
+            raise FileFormatError(self.path, field, f"expected printable text, found {name!r}")
+        return name
+
     def decode(self, raw: bytes, field: str) -> str:
         try:
             return raw.decode()
@@ -276,9 +282,7 @@ def _read_keys(
     metadata: dict[str, Any] = {}
     types: dict[str, tuple[GGUFValueType, GGUFValueType | None]] = {}
     for i in range(count):
-        name = cursor.string(f"name of key {i}", MAX_KEY)
-        if not name:
-            raise FileFormatError(cursor.path, f"name of key {i}", "is empty")
+        name = cursor.name(f"name of key {i}", MAX_KEY)
         if name in metadata:
             raise FileFormatError(cursor.path, name, "this key is there twice")
         kind = _value_type(cursor, name)
@@ -360,9 +364,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> list[TensorInfo]:
     """All tensor descriptions, each sound in itself; offsets still as the file has them."""
     infos: dict[str, TensorInfo] = {}
     for i in range(count):
-        name = cursor.string(f"name of tensor {i}", MAX_NAME)
-        if not name:
-            raise FileFormatError(cursor.path, f"name of tensor {i}", "is empty")
+        name = cursor.name(f"name of tensor {i}", MAX_NAME)
         if name in infos:
             raise FileFormatError(cursor.path, name, "this tensor is there twice")
         n_dims = cursor.u32(name)

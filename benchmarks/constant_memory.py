@@ -1,0 +1,57 @@
+"""Decode tens of thousands of tokens: state bytes, resident memory and speed against position.
+
+python benchmarks/constant_memory.py [MODEL.gguf] [--tokens 30000]     (the demo model where none is given)
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+from scale import DEMO, machine
+
+from griffin_gguf.convert.pipeline import convert
+from griffin_gguf.runtime import load
+
+FIRST = 3000
+STEP = 3000
+
+
+def main() -> None:
+    """Print one row every `STEP` tokens, and what has changed since token `FIRST`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--tokens", type=int, default=30000)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.model or convert(DEMO, [(Path(folder) / "demo.gguf", "Q4_K_M")])[0]
+        run(path, arguments.tokens, arguments.threads)
+
+
+def run(path: Path, count: int, threads: int | None) -> None:
+    """Feed `count` random tokens one at a time."""
+    process = psutil.Process()
+    random = np.random.default_rng(0)
+    print(f"{'position':>9} {'state bytes':>12} {'RSS MiB':>9} {'tokens/s':>9}")
+    rows: list[tuple[int, float, float]] = []
+    with load(path, backend="ggml", threads=threads) as model:
+        state, times = model.new_state(), []
+        for token in random.integers(0, model.hp.vocab, count):
+            start = time.perf_counter()
+            model.forward([token], state)
+            times.append(time.perf_counter() - start)
+            if state.position % STEP == 0:
+                rows.append((state.nbytes, process.memory_info().rss / 2**20, 1 / median(times[-1000:])))
+                print(f"{state.position:>9,} {rows[-1][0]:>12,} {rows[-1][1]:>9.1f} {rows[-1][2]:>9.1f}", flush=True)
+    first, last = rows[FIRST // STEP - 1], rows[-1]
+    print(f"since token {FIRST:,}: state {last[0] - first[0]:+,} bytes, RSS {last[1] - first[1]:+.2f} MiB, "
+          f"speed x{last[2] / first[2]:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

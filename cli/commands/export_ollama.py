@@ -1,0 +1,104 @@
+"""`griffin export-ollama`: a GGUF and a Modelfile, side by side."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from griffin_gguf.cli.commands.convert import new_folder
+from griffin_gguf.cli.console import note, out
+from griffin_gguf.cli.options import (
+    MinP,
+    Model,
+    RepeatLastN,
+    RepeatPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    add_command,
+)
+from griffin_gguf.cli.text import read_text
+
+_TODAY = (
+    "Ollama as released cannot load this architecture yet: `ollama create` refuses it, since Ollama's llama.cpp does "
+    "not have RecurrentGemma. An Ollama built with a llama.cpp that has it takes this folder as it is."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    add_command(
+        app,
+        "export-ollama",
+        export_ollama,
+        "griffin export-ollama model.gguf -o ollama-model",
+        "cd ollama-model && ollama create my-griffin -f Modelfile",
+    )
+
+
+def export_ollama(
+    path: Model,
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.", show_default=False)
+    ],
+    template: Annotated[
+        Path | None,
+        typer.Option("--template", metavar="FILE", help="Ollama's template, in Go's syntax, in place of ours."),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the GGUF; else it is a hard link where that works.")
+    ] = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    repeat_last_n: RepeatLastN = 64,
+) -> None:
+    """Put a GGUF beside a Modelfile for Ollama: template, stops and parameters.
+
+    Ollama as released does not have this architecture yet, so for now the folder is for builds that do.
+    """
+    from griffin_gguf.cli.modelfile import go_template, modelfile
+    from griffin_gguf.runtime.chat import ChatTemplate
+    from griffin_gguf.runtime.errors import GriffinError
+    from griffin_gguf.runtime.gguf_file import GgufFile
+    from griffin_gguf.runtime.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n)
+    with GgufFile.open(path) as file:
+        context = file.hyperparameters().context
+        own = ChatTemplate.from_gguf(path, file.metadata)
+        text, stops = (read_text(template), ()) if template else go_template(own)
+    if any(not c.isprintable() or c in "\"'" for c in path.name):
+        raise GriffinError(f"{path}: file name: has characters that a Modelfile cannot hold; rename the file")
+    with new_folder(folder):
+        _place(path, folder / path.name, copy)
+        (folder / "Modelfile").write_text(modelfile(path.name, text, stops, sampling, context), encoding="utf-8")
+    out().print(f"{folder / 'Modelfile'}\n{folder / path.name}", markup=False, soft_wrap=True)
+    note(_TODAY)
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    """Link or copy `source` to `target`, which appears when it is complete."""
+    if target.exists() and target.samefile(source):
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        if copy or not _link(source, partial):
+            shutil.copyfile(source, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Make a hard link; False where the file system does not."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,96 @@
+"""`griffin generate`: go on from a text."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from griffin_gguf.cli.options import (
+    Backend,
+    MinP,
+    Model,
+    RepeatLastN,
+    RepeatPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    add_command,
+)
+from griffin_gguf.cli.running import load_model, show_timings, stream
+from griffin_gguf.cli.text import read_stdin, read_text, without_newline
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    add_command(
+        app,
+        "generate",
+        generate,
+        "griffin generate model.gguf -p 'It was a dark and stormy night' -n 100",
+        "griffin generate model.gguf -f prompt.txt --temp 0 > answer.txt",
+        "cat notes.txt | griffin generate model.gguf --stop '###'",
+    )
+
+
+def generate(
+    path: Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to go on from; - reads stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read it from a file.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="End after so many tokens.")
+    ] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text. May be given repeatedly."),
+    ] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    repeat_last_n: RepeatLastN = 64,
+    seed: Seed = None,
+    backend: Backend = "auto",
+    threads: Threads = None,
+) -> None:
+    """Go on from a text, streaming the continuation.
+
+    Only the continuation goes to stdout, timings to stderr. Text from stdin or a file is taken without its last
+    newline. Memory stays the same however long the text grows.
+    """
+    text = _prompt(prompt, file)
+    from griffin_gguf.runtime.chat import stop_tokens
+    from griffin_gguf.runtime.generate import generate as generate_text
+    from griffin_gguf.runtime.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    with load_model(path, backend, threads) as model:
+        generation = generate_text(
+            model,
+            model.new_state(),
+            model.tokenizer.encode(text),
+            sampling,
+            max_tokens,
+            stop_tokens(model.file.metadata, model.tokenizer),
+            stop or (),
+        )
+        stream(generation)
+        show_timings(generation, model.backend)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The text, from the one place that was named or else from a pipe."""
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("--prompt and --file: expected one of the two")
+    if file is not None:
+        return without_newline(read_text(file))
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return without_newline(read_stdin())
+    if prompt is None:
+        raise typer.BadParameter("no text to go on from: give it by --prompt, by --file or through a pipe")
+    return prompt

@@ -1,0 +1,59 @@
+"""What reaches a person: the two consoles, tables, sizes, and text that is safe to show."""
+
+import json
+import sys
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+#: Columns to lay tables out for where the output is no terminal: nothing is cut off in a pipe or a file.
+_PIPE_WIDTH = 200
+
+#: Progress, notes and errors. Both consoles follow `sys.stdout` and `sys.stderr` wherever those point.
+err = Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    """The console for results."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def clean(text: str) -> str:
+    """`text` on one line, with every control character spelled out: names in files are other people's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def note(text: str) -> None:
+    """Say something to the person that is no result."""
+    err.print(text, markup=False, soft_wrap=True, style="dim")
+
+
+def complain(text: str) -> None:
+    """The one line of an error."""
+    err.print("griffin: error: ", style="bold red", end="")
+    err.print(clean(text), markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """A result for machines: indented, keys as they come."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: 1572864 is 1.5 MiB."""
+    units = ("B", "KiB", "MiB", "GiB")
+    for unit in units:
+        if count < 1024 or unit == units[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("the last unit takes everything")
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; the columns named in `right` hold numbers."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return made

@@ -1,0 +1,43 @@
+"""Loading a model and streaming an answer, as `generate`, `chat` and `demo` do it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from griffin_gguf.cli.console import err, note
+from griffin_gguf.cli.options import parse_backend
+
+if TYPE_CHECKING:
+    from griffin_gguf.runtime.generate import Generation
+    from griffin_gguf.runtime.model import Model
+
+
+def load_model(path: Path, backend: str, threads: int | None) -> "Model":
+    """Load the GGUF and pass on what the loader has to say."""
+    from griffin_gguf.runtime import load
+
+    model = load(path, backend=parse_backend(backend), threads=threads)
+    if model.notice:
+        note(model.notice)
+    return model
+
+
+def stream(generation: "Generation") -> None:
+    """Write the text as it comes: that and nothing else to stdout, but for a terminal's last newline."""
+    for piece in generation:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if sys.stdout.isatty() and not generation.text.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def show_timings(generation: "Generation", backend: str) -> None:
+    """Tell tokens and speeds on stderr."""
+    answer = len(generation.tokens)
+    err.print(
+        f"prompt {generation.prompt_tokens} tokens, {generation.prefill_rate:.1f}/s · "
+        f"answer {answer} tokens, {generation.decode_rate:.1f}/s · {backend}",
+        style="dim",
+        soft_wrap=True,
+    )

@@ -1,0 +1,28 @@
+"""Text that comes in: from files and from stdin."""
+
+import sys
+from pathlib import Path
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises `FileFormatError` for other bytes, `OSError` where it cannot be read."""
+    return _decode(str(path), path.read_bytes())
+
+
+def read_stdin() -> str:
+    """All of stdin, UTF-8; errors as of `read_text`."""
+    return _decode("stdin", sys.stdin.buffer.read())
+
+
+def without_newline(text: str) -> str:
+    """`text` less the newline that editors and `echo` put at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _decode(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        from griffin_gguf.runtime.errors import FileFormatError
+
+        raise FileFormatError(name, "text", f"is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -1,0 +1,75 @@
+"""Small files of a checkpoint folder: read whole, checked before they are believed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_gguf.runtime.errors import FileFormatError
+from griffin_gguf.runtime.gguf_file import is_lfs_pointer
+
+MAX_BYTES = 100 * 2**20  # Gemma's tokenizer.json, the largest of them, has 17 MiB
+LFS_PROBLEM = "this is a Git LFS pointer, not the file itself; fetch it with git lfs"
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file of at most `MAX_BYTES`. Raises `FileFormatError`, also for a Git LFS pointer."""
+    try:
+        if not path.is_file():
+            raise FileFormatError(path, "file", "is not a regular file" if path.exists() else "is missing")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise FileFormatError(path, "file", f"cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise FileFormatError(path, "file", f"is longer than {MAX_BYTES} bytes")
+    if is_lfs_pointer(raw):
+        raise FileFormatError(path, "file", LFS_PROBLEM)
+    return raw
+
+
+def read_text(path: Path) -> str:
+    """All of a UTF-8 file."""
+    return _decode(path, "file", read_bytes(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    return parse_json(path, "JSON", read_bytes(path))
+
+
+def parse_json(path: Path, field: str, raw: bytes) -> dict[str, Any]:
+    """One JSON object without duplicate names. `field` says in errors what part of `path` this is."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise FileFormatError(path, field, f"{twice!r} is there twice")
+        return found
+
+    try:
+        value = json.loads(_decode(path, field, raw), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(path, field, f"is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FileFormatError(path, field, f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 0 up; true and false are none."""
+    return type(value) is int and value >= 0
+
+
+def are_counts(value: Any) -> bool:
+    """Whether a JSON value is a list of whole numbers from 0 up."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(is_count(n) for n in value)
+
+
+def _decode(path: Path, field: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(path, field, f"is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -1,0 +1,156 @@
+"""The conversion: everything is checked first, then one pass over the checkpoint writes all the files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType
+from gguf.utility import size_label
+from numpy.typing import NDArray
+
+from griffin_gguf.convert.checkpoint import FLOATS, Checkpoint
+from griffin_gguf.convert.config import Config, read_config
+from griffin_gguf.convert.files import read_text
+from griffin_gguf.convert.hub import Source, resolve
+from griffin_gguf.convert.transforms import transformed
+from griffin_gguf.convert.vocab import tokenizer_metadata
+from griffin_gguf.quant.encode import EncodingError
+from griffin_gguf.quant.recipes import FileType, Metadata, file_type, plan
+from griffin_gguf.quant.writer import Output, Progress, check_targets, write
+from griffin_gguf.runtime import arch
+from griffin_gguf.runtime.errors import FileFormatError, GriffinError
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def convert(
+    checkpoint: str | Path,
+    targets: Sequence[tuple[Path, str]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    allow_unknown: bool = False,
+) -> list[Path]:
+    """Write a checkpoint, a folder or `org/name` on the hub, as GGUF files: (file, file type) each.
+
+    One pass over the checkpoint writes all files; memory does not grow with the model. `progress` is called
+    with (done, total) bytes of the weights, counted as float32. `allow_unknown` ignores fields of config.json and
+    tensors that nothing here knows. Returns the files.
+
+    Raises `FileFormatError` or `UnsupportedError` for anything wrong with the checkpoint or the file types, and
+    `GriffinError` for files that cannot be written. Whatever is raised, no file appears under its final name;
+    all that can be known without reading the weights is checked before any file is begun.
+    """
+    types = [file_type(name) for _, name in targets]
+    check_targets([path for path, _ in targets])
+    source = resolve(checkpoint)
+    with Checkpoint(source.folder) as stored:
+        model = _check(source, stored, allow_unknown)
+        outputs = [
+            Output(path, _metadata(model, type), plan(model.hp, type))
+            for (path, _), type in zip(targets, types, strict=True)
+        ]
+        try:
+            write(outputs, model.read, threads=threads, progress=progress)
+        except EncodingError as error:
+            raise _blamed(model, error) from None
+    return [path for path, _ in targets]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint that is known to be whole."""
+
+    source: Source
+    stored: Checkpoint
+    hp: arch.Hyperparameters
+    vocabulary: Metadata
+
+    def read(self, tensor: arch.Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of a tensor in GGUF's layout: what `quant.writer.write` asks for."""
+
+        def rows(first: int, last: int) -> NDArray[np.float32]:
+            found = self.stored.read(tensor.source, first, last)
+            if tensor.role is arch.Role.VECTOR and not np.isfinite(found).all():
+                file = self.stored.tensors[tensor.source].file  # before a transform makes a number of it
+                raise FileFormatError(file, tensor.source, "holds NaN or infinity")
+            return found
+
+        return transformed(tensor, rows, start, stop)
+
+
+def _check(source: Source, stored: Checkpoint, allow_unknown: bool) -> _Model:
+    """Everything that can be wrong with a checkpoint but the values of its weights."""
+    config = read_config(source.folder / "config.json", allow_unknown)
+    expected = {tensor.source: tensor for tensor in replace(config.hp, untied=True).tensors()}
+    for tensor in expected.values():
+        if tensor.source != _HEAD or _HEAD in stored.tensors:
+            _check_tensor(stored, tensor)
+    for name, found in stored.tensors.items():
+        if name not in expected and not allow_unknown:
+            raise FileFormatError(found.file, name, "is no tensor of this model; --allow-unknown ignores it")
+    vocabulary = tokenizer_metadata(source.folder, config)
+    return _Model(source, stored, replace(config.hp, untied=_untied(stored, config)), vocabulary)
+
+
+def _check_tensor(stored: Checkpoint, tensor: arch.Tensor) -> None:
+    found = stored.tensors.get(tensor.source)
+    if found is None:
+        raise FileFormatError(stored.folder, tensor.source, "the tensor is missing")
+    if found.shape != tensor.source_shape:
+        problem = f"expected shape {tensor.source_shape} by config.json, found {found.shape}"
+        raise FileFormatError(found.file, tensor.source, problem)
+    if found.dtype not in FLOATS:
+        raise FileFormatError(found.file, tensor.source, f"expected {', '.join(FLOATS)}, found {found.dtype}")
+
+
+def _untied(stored: Checkpoint, config: Config) -> bool:
+    """Whether the head has weights of its own: as in transformers, the tensors decide, not the config."""
+    if _HEAD not in stored.tensors:
+        if not config.tied:
+            problem = "the tensor is missing, and config.json says tie_word_embeddings = false"
+            raise FileFormatError(stored.folder, _HEAD, problem)
+        return False
+    return not stored.equal(_EMBEDDING, _HEAD)
+
+
+def _metadata(model: _Model, type: FileType) -> Metadata:
+    """All keys of one file."""
+    hyperparameters: Metadata = {
+        name: (value, kind, GGUFValueType.BOOL if kind is GGUFValueType.ARRAY else None)
+        for name, (value, kind) in arch.to_metadata(model.hp).items()
+    }
+    return _general(model) | type.metadata | hyperparameters | model.vocabulary
+
+
+def _general(model: _Model) -> Metadata:
+    text = {
+        "general.architecture": arch.ARCHITECTURE,
+        "general.type": "model",
+        "general.name": model.source.name,
+        "general.size_label": size_label(model.hp.parameters, 0, 0, 0),
+    }
+    if model.source.repository:
+        text["general.source.huggingface.repository"] = model.source.repository
+    license = _license(model.source.folder)
+    if license:
+        text["general.license"] = license
+    return {name: (value, GGUFValueType.STRING, None) for name, value in text.items()}
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the model card, if there is one, names in its front matter."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", read_text(card).replace("\r\n", "\n"), re.DOTALL)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def _blamed(model: _Model, error: EncodingError) -> GriffinError:
+    """Blame a value that cannot be encoded on the checkpoint's tensor."""
+    source = next(tensor.source for tensor in model.hp.tensors() if tensor.name == error.tensor)
+    return FileFormatError(model.stored.tensors[source].file, source, error.problem)

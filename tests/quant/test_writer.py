@@ -1,0 +1,266 @@
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import griffins
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFValueType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from griffin_gguf.quant import writer
+from griffin_gguf.quant.encode import EncodingError, encode
+from griffin_gguf.quant.recipes import FILE_TYPES, file_type, plan
+from griffin_gguf.quant.writer import Output, file_size, write
+from griffin_gguf.runtime.arch import Tensor
+from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.gguf_file import GgufFile
+
+HP = griffins.tiny(layers=3, recurrent=(True, False, True))
+WEIGHTS = griffins.weights(HP)
+READ = griffins.reader(WEIGHTS)
+
+
+def output(path: Path, name: str = "Q4_K_M") -> Output:
+    recipe = file_type(name)
+    return Output(path, griffins.metadata(HP) | recipe.metadata, plan(HP, recipe))
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def never(tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+    raise AssertionError("nothing was to be read")
+
+
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_gguf_py_finds_every_tensor_with_the_bytes_that_encoding_it_whole_gives(tmp_path: Path, name: str) -> None:
+    wanted = output(tmp_path / "a.gguf", name)
+    write([wanted], READ)
+    assert wanted.path.stat().st_size == file_size(wanted)
+    found = GGUFReader(wanted.path)
+    assert [tensor.name for tensor in found.tensors] == [row.tensor.name for row in wanted.plan]
+    for tensor, row in zip(found.tensors, wanted.plan, strict=True):
+        assert tensor.tensor_type is row.type
+        assert tuple(reversed(tensor.shape.tolist())) == row.tensor.shape
+        assert tensor.data_offset % 32 == 0
+        whole = encode(row.type, WEIGHTS[row.tensor.name].reshape(-1, row.columns))
+        assert tensor.data.tobytes() == whole.tobytes()
+    with GgufFile.open(wanted.path) as ours:
+        assert ours.hyperparameters() == HP
+
+
+def test_one_pass_for_all_files(tmp_path: Path) -> None:
+    rows_read: dict[str, int] = {}
+
+    def read(tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        rows_read[tensor.name] = rows_read.get(tensor.name, 0) + stop - start
+        return READ(tensor, start, stop)
+
+    together = [output(tmp_path / f"{name}.gguf", name) for name in FILE_TYPES]
+    write(together, read)
+    assert rows_read == {row.tensor.name: row.rows for row in together[0].plan}
+    for name, done in zip(FILE_TYPES, together, strict=True):
+        write([output(tmp_path / "alone.gguf", name)], READ)
+        assert done.path.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
+def test_a_type_that_files_share_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elements = 0
+
+    def counting(type: Any, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+        nonlocal elements
+        elements += rows.size
+        return encode(type, rows)
+
+    monkeypatch.setattr(writer, "encode", counting)
+    write([output(tmp_path / "a.gguf"), output(tmp_path / "b.gguf")], READ, threads=1)
+    assert elements == HP.parameters
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chunk=st.integers(1, 200_000), ahead=st.integers(1, 5), threads=st.integers(1, 5))
+def test_neither_chunks_nor_threads_change_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, ahead: int, threads: int
+) -> None:
+    reference = output(tmp_path / "reference.gguf")
+    if not reference.path.exists():
+        write([reference], READ)
+    monkeypatch.setattr(writer, "_CHUNK_ELEMENTS", max(chunk, 2000))
+    monkeypatch.setattr(writer, "_CHUNKS_AHEAD", ahead)
+    write([output(tmp_path / "a.gguf")], READ, threads=threads)
+    assert (tmp_path / "a.gguf").read_bytes() == reference.path.read_bytes()
+
+
+def test_memory_is_bounded_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_CHUNK_ELEMENTS", 4096)
+    asked = written = behind = 0
+
+    def read(tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        nonlocal asked, behind
+        asked += (stop - start) * tensor.shape[-1] * 4
+        behind = max(behind, asked - written)
+        return READ(tensor, start, stop)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal written
+        written = done
+        assert total == 4 * HP.parameters
+
+    write([output(tmp_path / "a.gguf")], read, progress=progress)
+    assert written == asked == 4 * HP.parameters
+    assert behind <= 4 * 4096 * (writer._CHUNKS_AHEAD + 1)
+
+
+def test_keys_keep_their_types(tmp_path: Path) -> None:
+    kinds = {
+        GGUFValueType.UINT8: 255, GGUFValueType.INT8: -128, GGUFValueType.UINT16: 65535, GGUFValueType.INT16: -1,
+        GGUFValueType.UINT32: 2**32 - 1, GGUFValueType.INT32: -7, GGUFValueType.UINT64: 2**64 - 1,
+        GGUFValueType.INT64: -(2**63), GGUFValueType.FLOAT32: 0.5, GGUFValueType.FLOAT64: 0.1, GGUFValueType.BOOL: True,
+        GGUFValueType.STRING: "grüße",
+    }  # fmt: skip
+    wanted = output(tmp_path / "a.gguf")
+    for kind, value in kinds.items():
+        wanted.metadata[f"test.{kind.name}"] = (value, kind, None)
+        wanted.metadata[f"test.array.{kind.name}"] = ([value, value], GGUFValueType.ARRAY, kind)
+    wanted.metadata["test.empty"] = ("", GGUFValueType.STRING, None)
+    write([wanted], READ)
+    with GgufFile.open(wanted.path) as found:
+        assert found.metadata == {name: value for name, (value, _, _) in wanted.metadata.items()}
+        assert found.types == {name: (kind, element) for name, (_, kind, element) in wanted.metadata.items()}
+
+
+def test_an_empty_array_is_refused(tmp_path: Path) -> None:
+    wanted = output(tmp_path / "a.gguf")
+    wanted.metadata["test.none"] = ([], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    with pytest.raises(UnsupportedError, match=r"a\.gguf: test\.none: an empty array"):
+        write([wanted], never)
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_that_cannot_be_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(GriffinError, match=r"none/a\.gguf: the folder .*none does not exist"):
+        write([output(tmp_path / "none" / "a.gguf")], never)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(GriffinError, match="folder: is a folder"):
+        write([output(tmp_path / "folder")], never)
+    with pytest.raises(GriffinError, match="two outputs have the same path"):
+        write([output(tmp_path / "a.gguf"), output(tmp_path / "folder" / ".." / "a.gguf")], never)
+    with pytest.raises(UnsupportedError, match="threads: expected at least 1, found 0"):
+        write([output(tmp_path / "a.gguf")], never, threads=0)
+    with pytest.raises(GriffinError, match="cannot be written: File name too long"):
+        write([output(tmp_path / ("x" * 250))], never)
+    assert names_in(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [GriffinError("the source ends"), KeyboardInterrupt(), MemoryError()])
+def test_whatever_happens_the_target_stays_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "old.gguf").write_bytes(b"old")
+    last = list(HP.tensors())[-1]
+
+    def read(tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        if tensor.name == last.name:
+            raise error
+        return READ(tensor, start, stop)
+
+    with pytest.raises(type(error)):
+        write([output(tmp_path / "old.gguf"), output(tmp_path / "new.gguf", "Q8_0")], read)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old.gguf", b"old")]
+
+
+def test_until_it_is_complete_a_file_has_another_name(tmp_path: Path) -> None:
+    names: set[str] = set()
+    write([output(tmp_path / "a.gguf")], READ, progress=lambda *_: names.update(names_in(tmp_path)))
+    (partial,) = names
+    assert partial.startswith(".a.gguf.")
+    assert partial.endswith(".partial")
+    assert names_in(tmp_path) == ["a.gguf"]
+
+
+def test_values_that_cannot_be_encoded_name_their_tensor(tmp_path: Path) -> None:
+    bad = dict(WEIGHTS)
+    bad["blk.1.attn_k.weight"] = bad["blk.1.attn_k.weight"].copy()
+    bad["blk.1.attn_k.weight"][-1, -1] = np.nan
+    with pytest.raises(EncodingError, match=r"^blk\.1\.attn_k\.weight: holds NaN or infinity$"):
+        write([output(tmp_path / "a.gguf")], griffins.reader(bad))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = file_size(output(tmp_path / "a.gguf"))
+    for limit in (0, 100, size // 2, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(GriffinError, match=r"a\.gguf: cannot be written: File too large"):
+                write([output(tmp_path / "a.gguf")], READ)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.iterdir())
+    write([output(tmp_path / "a.gguf")], READ)
+
+
+def test_a_system_that_writes_less_than_it_was_given() -> None:
+    class Reluctant(io.RawIOBase):
+        written = b""
+
+        def write(self, data: Any) -> int:
+            self.written += bytes(data[:7])
+            return min(7, len(data))
+
+    raw = Reluctant()
+    file = writer._File(Path("a.gguf"), raw)
+    file.write(bytes(range(100)))
+    file.write(np.arange(6, dtype=np.uint8).reshape(2, 3).data)
+    assert raw.written == bytes(range(100)) + bytes(range(6))
+    assert file.position == 106
+
+
+def test_a_disk_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(GriffinError, match=r"a\.gguf: cannot be written: Input/output error"):
+        write([output(tmp_path / "a.gguf")], READ)
+    assert not list(tmp_path.iterdir())
+
+
+_ENDLESS = """
+import sys
+from pathlib import Path
+import griffins, numpy as np
+from griffin_gguf.quant.recipes import file_type, plan
+from griffin_gguf.quant.writer import Output, write
+hp = griffins.NINE_B
+rng = np.random.default_rng(0)
+def read(tensor, start, stop):
+    print("reading", flush=True)
+    return rng.standard_normal((stop - start, tensor.shape[-1]), np.float32)
+write([Output(Path(sys.argv[1]), griffins.metadata(hp), plan(hp, file_type("Q2_K")))], read)
+"""
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _ENDLESS, str(tmp_path / "a.gguf")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as child:
+        assert child.stdout
+        for _ in range(6):  # by now the pool is busy and chunks are being written
+            assert child.stdout.readline() == b"reading\n"
+        assert names_in(tmp_path)[0].endswith(".partial")
+        child.send_signal(signal.SIGINT)
+        _, complaint = child.communicate(timeout=60)
+    assert complaint.rstrip().endswith(b"KeyboardInterrupt")
+    assert not list(tmp_path.iterdir())
