@@ -68,6 +68,11 @@ def are_counts(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(is_count(n) for n in value)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a JSON text can be written as UTF-8: JSON may hold halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _decode(path: Path, field: str, raw: bytes) -> str:
     try:
         return raw.decode()

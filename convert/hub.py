@@ -1,5 +1,6 @@
 """A checkpoint by its name on the Hugging Face hub, or by its folder."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ def resolve(checkpoint: str | Path) -> Source:
     """
     folder = Path(checkpoint)
     if folder.is_dir():
-        return Source(folder, folder.resolve().name)
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+        return Source(folder, name)
     if folder.exists():
         raise FileFormatError(folder, "checkpoint", "expected the folder of a Hugging Face checkpoint, found a file")
     name = str(checkpoint)

@@ -17,7 +17,7 @@ from griffin_gguf.convert.files import is_count, read_json
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 
 _MAX_ID = 2**24
-_MAX_TOKEN = 1000  # characters; Gemma's longest has 31
+_MAX_TOKEN = 250  # characters; Gemma's longest has 31
 _GEMMA_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 
 #: Gemma's splits at spaces, of which its normalizer has left none.

@@ -14,7 +14,7 @@ from typing import Any
 from gguf import GGUFValueType, TokenType
 
 from griffin_gguf.convert.config import Config
-from griffin_gguf.convert.files import read_json, read_text
+from griffin_gguf.convert.files import is_unicode, read_json, read_text
 from griffin_gguf.convert.sentencepiece_model import read_sentencepiece
 from griffin_gguf.convert.tokenizer_json import read_tokenizer_json
 from griffin_gguf.quant.recipes import Metadata
@@ -43,20 +43,7 @@ class _Vocabulary:
     scores: list[float]
     types: list[int]
     ids: dict[str, int]  # bos, eos, pad, unk
-    space_prefix: bool = False
-
-    def pad_to(self, size: int) -> None:
-        """Fill up to `size` tokens. Raises `FileFormatError` where there are more already."""
-        if len(self.tokens) > size:
-            problem = f"holds {len(self.tokens)} tokens, config.json's vocab_size is {size}"
-            raise FileFormatError(self.path, "vocabulary", problem)
-        for i in range(len(self.tokens), size):
-            self._append(f"[PAD{i}]", _PADDING_SCORE, TokenType.UNUSED)
-
-    def _append(self, token: str, score: float, kind: TokenType) -> None:
-        self.tokens.append(token)
-        self.scores.append(score)
-        self.types.append(kind)
+    space_prefix: bool
 
 
 def tokenizer_metadata(folder: Path, config: Config) -> Metadata:
@@ -67,8 +54,7 @@ def tokenizer_metadata(folder: Path, config: Config) -> Metadata:
     """
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.exists() else {}
-    vocabulary = _read_vocabulary(folder)
-    vocabulary.pad_to(config.hp.vocab)
+    vocabulary = _read_vocabulary(folder, config.hp.vocab)
     for token, i, special in _added_by_id(settings_path, settings):
         _apply(settings_path, vocabulary, token, i, special)
     index = {token: i for i, token in enumerate(vocabulary.tokens)}
@@ -124,23 +110,28 @@ def _special_ids(vocabulary: _Vocabulary, config: Config, settings: dict[str, An
     return found
 
 
-def _read_vocabulary(folder: Path) -> _Vocabulary:
-    """tokenizer.model, or tokenizer.json where only that exists."""
+def _read_vocabulary(folder: Path, size: int) -> _Vocabulary:
+    """tokenizer.model, or tokenizer.json where only that exists; ids up to `size` that it lacks are padding."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    found: dict[int, tuple[str, float, int]]
     if model.exists() or not fast.exists():
-        found = read_sentencepiece(model)
-        ids = {"unk": found.unk, "bos": found.bos, "eos": found.eos, "pad": found.pad}
-        return _Vocabulary(model, found.pieces, found.scores, list(found.types), ids, found.space_prefix)
-    bpe = read_tokenizer_json(fast)
-    size = max(bpe.ids.values()) + 1
-    vocabulary = _Vocabulary(fast, [], [], [], {"unk": bpe.unk})
-    names = {i: token for token, i in bpe.ids.items()}
-    vocabulary.pad_to(size)
-    for i, token in names.items():
-        vocabulary.tokens[i] = token
-        vocabulary.scores[i] = bpe.scores.get(token, 0.0)
-        vocabulary.types[i] = bpe.types.get(token, TokenType.NORMAL)
-    return vocabulary
+        path, source = model, read_sentencepiece(model)
+        found = dict(enumerate(zip(source.pieces, source.scores, source.types, strict=True)))
+        ids = {"unk": source.unk, "bos": source.bos, "eos": source.eos, "pad": source.pad}
+        space_prefix = source.space_prefix
+    else:
+        path, bpe = fast, read_tokenizer_json(fast)
+        found = {
+            i: (token, bpe.scores.get(token, 0.0), bpe.types.get(token, TokenType.NORMAL))
+            for token, i in bpe.ids.items()
+        }
+        ids, space_prefix = {"unk": bpe.unk}, False
+    needed = max(found) + 1
+    if needed > size:
+        raise FileFormatError(path, "vocabulary", f"holds {needed} tokens, config.json's vocab_size is {size}")
+    rows = [found.get(i, (f"[PAD{i}]", _PADDING_SCORE, TokenType.UNUSED)) for i in range(size)]
+    tokens, scores, types = (list(column) for column in zip(*rows, strict=True))
+    return _Vocabulary(path, tokens, scores, types, ids, space_prefix)
 
 
 def _added_by_id(path: Path, settings: dict[str, Any]) -> Iterator[tuple[str, int, bool]]:
@@ -199,6 +190,6 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
         if not defaults:
             raise FileFormatError(folder / "tokenizer_config.json", "chat_template", "has no template named 'default'")
         found = defaults[0]
-    if found is not None and not isinstance(found, str):
+    if found is not None and not (isinstance(found, str) and is_unicode(found)):
         raise FileFormatError(folder / "tokenizer_config.json", "chat_template", "expected text")
     return found

@@ -91,7 +91,7 @@ FILE_TYPES: dict[str, FileType] = {
             Role.ATTN_V: (Rule(T.Q4_K, _grouped), Rule(T.Q3_K)),
             Role.FFN_DOWN: (Rule(T.Q3_K),),
             Role.ATTN_OUTPUT: (Rule(T.Q3_K),),
-            Role.RECURRENT_LINEAR: (Rule(T.Q3_K),),  # in Q2_K they alone make two fifths of the file's divergence
+            Role.RECURRENT_LINEAR: (Rule(T.Q3_K),),  # in Q2_K they alone make half of the file's divergence
             Role.RECURRENT_GATE: _Q8_0,
         }),
     )

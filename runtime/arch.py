@@ -315,14 +315,15 @@ def _field(path: Path, metadata: Mapping[str, Any], suffix: str, kind: GGUFValue
     if name not in metadata:
         raise FileFormatError(path, name, "is missing")
     value = metadata[name]
+    found = type(value).__name__
     if kind is GGUFValueType.ARRAY:
         items = cast(list[Any], value) if isinstance(value, list) else None
         if items is None or not all(isinstance(v, bool) for v in items):
-            raise FileFormatError(path, name, f"expected an array of bool, found {type(value).__name__}")
+            raise FileFormatError(path, name, f"expected an array of bool, found {found}")
         return tuple(items)
     wanted = int if kind is GGUFValueType.UINT32 else float
     if type(value) is not wanted:
-        raise FileFormatError(path, name, f"expected {wanted.__name__}, found {type(value).__name__}")
+        raise FileFormatError(path, name, f"expected {wanted.__name__}, found {found}")
     if not 0 < value <= limit:  # also refuses NaN
         raise FileFormatError(path, name, f"expected more than 0 and at most {limit:g}, found {value}")
     return value

@@ -23,12 +23,14 @@ def test_damaged_json(tmp_path: Path, name):
         (folder / "tokenizer.model").unlink()
         (folder / name).write_text(json.dumps(tokenizer_json(train_tokenizer(384))))
     whole = json.loads((folder / name).read_text())
-    decoder = {"4": {"content": "<start_of_turn>", "special": True}, "300": {"content": "x", "special": False}}
+    decoder = {"4": {"content": "<start_of_turn>", "special": True}, "6": {"content": "<0x00>", "special": False}}
     if name == "tokenizer_config.json":
         whole |= {"added_tokens_decoder": decoder, "extra_special_tokens": ["<bos>"],
                   "chat_template": [{"name": "default", "template": "x"}]}  # fmt: skip
     rng = random.Random(name)
     refused = 0
+    (folder / name).write_text(json.dumps(whole))
+    convert(folder, [(tmp_path / "whole.gguf", "F16")])
     for i in range(150):
         (folder / name).write_text(json.dumps(damaged(whole, rng)))
         target = tmp_path / f"{i}.gguf"

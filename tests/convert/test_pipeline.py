@@ -153,6 +153,13 @@ def test_keys(tmp_path: Path):
     assert oracle.fields["tokenizer.ggml.tokens"].contents(1) == "<eos>"
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path: Path):
+    folder = random_checkpoint(tmp_path / os.fsdecode(b"gr\xff"))
+    convert(folder, [(tmp_path / "m.gguf", "F16")])
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        assert file.metadata["general.name"] == "gr\ufffd"
+
+
 # ---- what does not
 
 

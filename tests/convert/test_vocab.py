@@ -285,6 +285,17 @@ def test_tokenizer_json_types_and_ids(tmp_path: Path, config):
     assert metadata["tokenizer.ggml.tokens"] == oracle["tokenizer.ggml.tokens"]
 
 
+def test_ids_that_tokenizer_json_lacks_are_padding(tmp_path: Path, config):
+    content = tokenizer_json(train_tokenizer(384))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 386, "content": "<tool>", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    metadata = converted(tmp_path, sized(config, 388))
+    assert metadata["tokenizer.ggml.tokens"][384:] == ["[PAD384]", "[PAD385]", "<tool>", "[PAD387]"]
+    assert metadata["tokenizer.ggml.token_type"][384:] == [5, 5, TokenType.USER_DEFINED, 5]
+    with pytest.raises(FileFormatError, match=r"tokenizer\.json: vocabulary: holds 387 tokens, .* is 386"):
+        converted(tmp_path, sized(config, 386))
+
+
 def test_tokenizer_model_is_preferred(tmp_path: Path, config):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert converted(tmp_path, config, train_tokenizer(384))["tokenizer.ggml.model"] == "llama"
@@ -338,7 +349,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("model.vocab", {"a": 2**30}, "model.vocab: expected an object that maps tokens to ids"),
     ("model.vocab", {"a": 1, "b": 1}, "model.vocab: two tokens have the same id"),
     ("model.vocab", {"<unk>": 0}, "added_tokens: .* which the vocabulary contradicts"),
-    ("model.vocab", {"x" * 1001: 5}, "model.vocab: token 5 has more than 1000 characters"),
+    ("model.vocab", {"x" * 251: 5}, "model.vocab: token 5 has more than 250 characters"),
     ("model.unk_token", None, "model.unk_token: expected a token of the vocabulary"),
     ("model.unk_token", "<absent>", "model.unk_token: expected a token of the vocabulary"),
     ("model.merges", None, "model.merges: expected a list"),
