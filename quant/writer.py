@@ -26,6 +26,7 @@ from griffin_gguf.quant.encode import EncodingError, encode
 from griffin_gguf.quant.recipes import Metadata, Planned
 from griffin_gguf.runtime.arch import Tensor
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.machine import usable_cores
 
 #: (tensor, start, stop) -> float32 [stop - start, columns]: rows of the tensor in GGUF's layout, seen as 2-D.
 Reader = Callable[[Tensor, int, int], NDArray[np.float32]]
@@ -120,13 +121,6 @@ def check_targets(paths: Sequence[Path]) -> None:
             raise GriffinError(f"{path}: is a folder; expected the name of a file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise GriffinError(f"{paths[0]}: two outputs have the same path")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _encoded(outputs: Sequence[Output], read: Reader, pool: ThreadPoolExecutor, threads: int) -> Iterator[_Chunk]:

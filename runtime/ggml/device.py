@@ -1,7 +1,6 @@
 """A device of ggml: buffers, mapped weights, and running a graph."""
 
 import ctypes
-import os
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +8,7 @@ from numpy.typing import NDArray
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
-
-
-def physical_cores() -> int:
-    """Threads that ggml should use where nobody says otherwise: the cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+from griffin_gguf.runtime.machine import compute_threads
 
 
 class Buffer:
@@ -64,7 +57,7 @@ class Device:
         self.name: str = props.name.decode()
         self.is_cpu: bool = props.type == abi.DEVICE_CPU
         self._maps: bool = props.caps.buffer_from_host_ptr
-        self.threads = threads or physical_cores()
+        self.threads = threads or compute_threads()
         self._set_threads(self.threads)
 
     def _set_threads(self, count: int) -> None:

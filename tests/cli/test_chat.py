@@ -1,8 +1,6 @@
 import os
 import pty
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from command import done, griffin, start
 
+from griffin_gguf.cli.commands.chat import _lines
 from griffin_gguf.cli.conversation import Conversation
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.chat import ChatTemplate
@@ -140,16 +139,14 @@ def drain(pipe: int) -> None:
     os.set_blocking(pipe, True)
 
 
-def test_on_a_terminal_ctrl_c_helps_and_ctrl_d_ends(model: Path) -> None:
+def test_on_a_terminal_there_is_a_prompt_and_ctrl_d_ends(model: Path) -> None:
     terminal, inner = pty.openpty()
-    command = [sys.executable, "-m", "griffin_gguf.cli", "chat", str(model), "-n", "3", "--temp", "0", "-t", "1"]
-    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner) as process:
+    options = ("-n", "3", "--temp", "0", "-t", "1")
+    with start("chat", model, *options, terminal=inner) as process:
         os.close(inner)
         assert "Ctrl-C stops an answer" in read_until(terminal, ">>> ")
         os.write(terminal, b"Hello.\n")
         assert "(cut after 3 tokens" in read_until(terminal, ">>> ")
-        process.send_signal(signal.SIGINT)
-        assert "Ctrl-D ends it" in read_until(terminal, ">>> ")
         os.write(terminal, b"\x04")
         assert process.wait() == 0
     os.close(terminal)
@@ -163,3 +160,18 @@ def read_until(terminal: int, end: str) -> str:
         assert piece, shown
         shown += piece
     return shown
+
+
+def test_ctrl_c_at_the_prompt_helps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter([KeyboardInterrupt(), " Hello. ", "", EOFError()])
+
+    def typed(prompt: str) -> str:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert list(_lines()) == ["Hello."]
+    assert "Ctrl-D ends it" in capsys.readouterr().err

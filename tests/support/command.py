@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import Timer
 
 from typer.testing import CliRunner, Result
 
@@ -11,6 +14,7 @@ from griffin_gguf.cli.main import app
 
 #: Wide enough that no table or help page breaks a line.
 _WIDE = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+_PATIENCE = 300.0  # seconds
 
 
 def griffin(*arguments: str | Path, stdin: str | bytes = "") -> Result:
@@ -35,18 +39,24 @@ def refused(*arguments: str | Path, code: int = 1, stdin: str | bytes = "") -> s
     return result.stderr.removeprefix("griffin: error: ").rstrip("\n")
 
 
-def start(*arguments: str | Path) -> "subprocess.Popen[str]":
-    """Start the command in a process of its own, with text pipes."""
-    return _start("-m", "griffin_gguf.cli", *map(str, arguments))
+def start(*arguments: str | Path, terminal: int | None = None) -> "AbstractContextManager[subprocess.Popen[str]]":
+    """Start the command in a process of its own, with text pipes or on a terminal."""
+    return _start("-m", "griffin_gguf.cli", *map(str, arguments), terminal=terminal)
 
 
-def start_python(code: str) -> "subprocess.Popen[str]":
+def start_python(code: str) -> "AbstractContextManager[subprocess.Popen[str]]":
     """Start a program of a few lines, likewise."""
     return _start("-c", code)
 
 
-def _start(*arguments: str) -> "subprocess.Popen[str]":
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *arguments], text=True, env=os.environ | _WIDE, stdin=pipe, stdout=pipe, stderr=pipe
-    )
+@contextmanager
+def _start(*arguments: str, terminal: int | None = None) -> "Iterator[subprocess.Popen[str]]":
+    ends = subprocess.PIPE if terminal is None else terminal
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, text=True, env=os.environ | _WIDE, stdin=ends, stdout=ends, stderr=ends) as process:
+        deadline = Timer(_PATIENCE, process.kill)  # a program that hangs must not hang its test
+        deadline.start()
+        try:
+            yield process
+        finally:
+            deadline.cancel()
