@@ -6,6 +6,7 @@ python benchmarks/constant_memory.py [MODEL.gguf] [--tokens 30000]     (the demo
 import argparse
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30000)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
+    if arguments.tokens < FIRST:
+        parser.error(f"--tokens: expected at least {FIRST}")
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or convert(DEMO, [(Path(folder) / "demo.gguf", "Q4_K_M")])[0]
@@ -40,13 +43,13 @@ def run(path: Path, count: int, threads: int | None) -> None:
     print(f"{'position':>9} {'state bytes':>12} {'RSS MiB':>9} {'tokens/s':>9}")
     rows: list[tuple[int, float, float]] = []
     with load(path, backend="ggml", threads=threads) as model:
-        state, times = model.new_state(), []
+        state, times = model.new_state(), deque[float](maxlen=1000)
         for token in random.integers(0, model.hp.vocab, count):
             start = time.perf_counter()
             model.forward([token], state)
             times.append(time.perf_counter() - start)
             if state.position % STEP == 0:
-                rows.append((state.nbytes, process.memory_info().rss / 2**20, 1 / median(times[-1000:])))
+                rows.append((state.nbytes, process.memory_info().rss / 2**20, 1 / median(times)))
                 print(f"{state.position:>9,} {rows[-1][0]:>12,} {rows[-1][1]:>9.1f} {rows[-1][2]:>9.1f}", flush=True)
     first, last = rows[FIRST // STEP - 1], rows[-1]
     print(f"since token {FIRST:,}: state {last[0] - first[0]:+,} bytes, RSS {last[1] - first[1]:+.2f} MiB, "

@@ -5,12 +5,10 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from gguf import GGMLQuantizationType
-
 from griffin_gguf.quant.measure import type_name
 from griffin_gguf.runtime.arch import ARCHITECTURE
 from griffin_gguf.runtime.gguf_file import GgufFile
-from griffin_gguf.runtime.state import nbytes
+from griffin_gguf.runtime.state import kv_type, nbytes
 
 _LONG = 8  # elements; longer arrays are told by their length
 
@@ -46,8 +44,7 @@ def describe(file: GgufFile) -> dict[str, Any]:
 
 def _memory(file: GgufFile, weights: int) -> dict[str, int]:
     """Weights, and one text's state, which no text outgrows, as the ggml backend keeps it."""
-    exact = file.tensors["token_embd.weight"].type is GGMLQuantizationType.F32
-    state = nbytes(file.hyperparameters(), kv_item=4 if exact else 2)
+    state = nbytes(file.hyperparameters(), kv_type(file.tensors["token_embd.weight"].type))
     return {"weights": weights, "state": state, "total": weights + state}
 
 

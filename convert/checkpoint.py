@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from griffin_gguf.convert.files import LFS_PROBLEM, are_counts, parse_json, read_json
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
@@ -201,6 +202,11 @@ def _read_header(path: Path, file: BinaryIO) -> Iterator[Stored]:
     if running != size:
         problem = "cut short" if running > size else "followed by bytes that belong to no tensor"
         raise FileFormatError(path, "data", f"expected {running} bytes by the header, found {size}: it is {problem}")
+    try:
+        with safe_open(path, framework="np"):  # a second opinion, by the format's own parser
+            pass
+    except SafetensorError as error:
+        raise FileFormatError(path, "header", f"the safetensors library refuses it: {error}") from None
     yield from stored
 
 

@@ -221,7 +221,7 @@ def _check(path: Path, hp: arch.Hyperparameters) -> None:
     names = {field: name for name, field in USED.items() if field} | {"gate_blocks": "num_attention_heads"}
     for field, (_, _, limit) in arch.KEYS.items():
         value = getattr(hp, field)
-        if field != "recurrent" and not 0 < value <= limit:
+        if field != "recurrent" and not (0 < value <= limit and np.float32(value) > 0):
             raise FileFormatError(path, names[field], f"expected more than 0 and at most {limit:g}, found {value}")
     for field, problem in arch.inconsistencies(hp):
         raise FileFormatError(path, names[field], problem)

@@ -40,12 +40,14 @@ def convert(
     tensors that nothing here knows. Returns the files.
 
     Raises `FileFormatError` or `UnsupportedError` for anything wrong with the checkpoint or the file types, and
-    `GriffinError` for files that cannot be written. Whatever is raised, no file appears under its final name;
-    all that can be known without reading the weights is checked before any file is begun.
+    `GriffinError` for files that cannot be written or are the checkpoint's own. All that can be known without
+    reading the weights is checked before any file is begun, and no file that is not complete ever appears under
+    its final name.
     """
     types = [file_type(name) for _, name in targets]
     check_targets([path for path, _ in targets])
     source = resolve(checkpoint)
+    _refuse_own_files(source.folder, [path for path, _ in targets])
     with Checkpoint(source.folder) as stored:
         model = _check(source, stored, allow_unknown)
         outputs = [
@@ -57,6 +59,14 @@ def convert(
         except EncodingError as error:
             raise _blamed(model, error) from None
     return [path for path, _ in targets]
+
+
+def _refuse_own_files(folder: Path, targets: Sequence[Path]) -> None:
+    """A target must not replace what is read. GGUF files may lie in the checkpoint's folder: they are no part of it."""
+    for target in targets:
+        for file in folder.iterdir() if target.exists() else ():
+            if file.suffix != ".gguf" and file.exists() and file.samefile(target):
+                raise GriffinError(f"{target}: is a file of the checkpoint; expected another path")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from griffin_gguf.quant.encode import EncodingError, encode
 from griffin_gguf.quant.recipes import Metadata, Planned
 from griffin_gguf.runtime.arch import Tensor
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
-from griffin_gguf.runtime.machine import usable_cores
+from griffin_gguf.runtime.machine import checked_threads, usable_cores
 
 #: (tensor, start, stop) -> float32 [stop - start, columns]: rows of the tensor in GGUF's layout, seen as 2-D.
 Reader = Callable[[Tensor, int, int], NDArray[np.float32]]
@@ -103,7 +103,7 @@ def write(
         files = [stack.enter_context(_atomic(output.path)) for output in outputs]
         for file, first in zip(files, headers, strict=True):
             file.write(first)
-        count = threads or usable_cores()
+        count = checked_threads(threads) or usable_cores()
         pool = ThreadPoolExecutor(count, thread_name_prefix="encode")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         _stream(outputs, files, _encoded(outputs, read, pool, count), progress)

@@ -176,6 +176,8 @@ class GgufFile:
             raise FileFormatError(self.path, tensor.name, f"type {info.type.name} cannot be multiplied with")
         if plain and not np.isfinite(self.data(tensor.name).view(np.float32)).all():
             raise FileFormatError(self.path, tensor.name, "holds NaN or infinity")
+        if tensor.spec.transform is arch.Transform.DECAY and (self.data(tensor.name).view(np.float32) > 0).any():
+            raise FileFormatError(self.path, tensor.name, "expected no number above 0: -8·softplus(Λ) has none")
 
 
 def dequantize(info: TensorInfo, data: NDArray[np.uint8], start: int = 0, stop: int | None = None) -> NDArray[Any]:

@@ -25,7 +25,8 @@ class Inputs(Generic[A]):
     """What changes from chunk to chunk."""
 
     tokens: A  # i32 [T]
-    positions: A  # i32 [T], counted from the start of the text
+    cos: A  # f32 [T, 1, rope_width / 2]: of position · base^(-2j / rope_width)
+    sin: A  # likewise
     keep: A  # f32 [T, 1]: 0 at position 0, where nothing is remembered, else 1
     slots: A  # i64 [T]: the ring rows that the chunk's keys and values take
     mask: A  # [T, R]: 0 where a query sees a ring row, -inf where not
@@ -78,8 +79,8 @@ class Ops(Protocol[A]):
         """h_t = a_t ⊙ h_{t-1} + b_t from `h` [W] on: every h_t, [T, W]; leaves the last in `h`."""
         ...
 
-    def rope(self, x: A, positions: A) -> A:
-        """Rotary positions on the first dimensions of each head: x [T, heads · D]."""
+    def rope(self, x: A, cos: A, sin: A) -> A:
+        """Turn pairs (j, j + half) of each head's first dimensions: x [T, heads · D], cos and sin [T, 1, half]."""
         ...
 
     def attend(self, q: A, k: A, v: A, ring: AttentionState[A], inputs: Inputs[A]) -> A:
@@ -129,8 +130,8 @@ def recurrent_block(ops: Ops[A], block: str, state: RecurrentState[A], inputs: I
 
 def attention_block(ops: Ops[A], block: str, ring: AttentionState[A], inputs: Inputs[A], u: A) -> A:
     """Local attention; keys enter the ring already turned by their absolute positions."""
-    q = ops.rope(ops.linear(f"{block}.attn_q", u), inputs.positions)
-    k = ops.rope(ops.linear(f"{block}.attn_k", u), inputs.positions)
+    q = ops.rope(ops.linear(f"{block}.attn_q", u), inputs.cos, inputs.sin)
+    k = ops.rope(ops.linear(f"{block}.attn_k", u), inputs.cos, inputs.sin)
     v = ops.linear(f"{block}.attn_v", u)
     return ops.linear(f"{block}.attn_output", ops.attend(q, k, v, ring, inputs))
 
@@ -141,19 +142,23 @@ def mlp(ops: Ops[A], block: str, u: A) -> A:
     return ops.linear(f"{block}.ffn_down", ops.gelu_gate(gate, up))
 
 
-def chunk_inputs(tokens: NDArray[np.int32], position: int, window: int, ring: int) -> Inputs[NDArray[Any]]:
+def chunk_inputs(hp: Hyperparameters, tokens: NDArray[np.int32], position: int, ring: int) -> Inputs[NDArray[Any]]:
     """The inputs of a chunk that starts at `position`, as arrays; the mask is bool [T, R], True where seen.
 
     The ring holds position p in row p % R. After the chunk is written, row s holds the latest position up to
-    the last one that falls on it; a query at p sees positions p - window + 1 to p.
+    the last one that falls on it; a query at p sees positions p - window + 1 to p. Angles are computed in
+    f64: in f32, as everywhere else, they are off by 0.05 rad after a million tokens.
     """
     p = np.arange(position, position + len(tokens))
-    assert len(p) <= ring - window + 1, "a longer chunk would overwrite keys that it still needs"
+    assert len(p) <= ring - hp.window + 1, "a longer chunk would overwrite keys that it still needs"
     held = p[-1] - (p[-1] - np.arange(ring)) % ring
-    seen = (held >= 0) & (held <= p[:, None]) & (held > p[:, None] - window)
+    seen = (held >= 0) & (held <= p[:, None]) & (held > p[:, None] - hp.window)
+    half = hp.rope_width // 2
+    angle = p[:, None, None] * hp.rope_base ** (-np.arange(half) / half)
     return Inputs(
         tokens=tokens,
-        positions=p.astype(np.int32),
+        cos=np.cos(angle).astype(np.float32),
+        sin=np.sin(angle).astype(np.float32),
         keep=(p != 0).astype(np.float32)[:, None],
         slots=(p % ring).astype(np.int64),
         mask=seen,

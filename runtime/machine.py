@@ -4,6 +4,17 @@ import os
 
 import psutil
 
+from griffin_gguf.runtime.errors import UnsupportedError
+
+_MOST_THREADS = 512  # ggml's GGML_MAX_N_THREADS: one more ends the process
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """Return `threads`, None for a default; raises `UnsupportedError` for a number that cannot be."""
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise UnsupportedError(f"threads: expected 1 to {_MOST_THREADS}, found {threads}")
+    return threads
+
 
 def usable_cores() -> int:
     """Logical cores that this process may run on."""

@@ -1,18 +1,22 @@
 """A loaded model: a GGUF, its tokenizer, and a backend that runs it."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
+from griffin_gguf.runtime import arch
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.backends import Backend
 from griffin_gguf.runtime.errors import BackendError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.griffin import Rows
+from griffin_gguf.runtime.machine import checked_threads
 from griffin_gguf.runtime.state import CHUNK, State
 from griffin_gguf.runtime.tokenizer import Tokenizer
 
@@ -29,8 +33,7 @@ def load(path: Path | str, backend: BackendName = "auto", threads: int | None = 
     ggml's (all cores if None); NumPy's matrix products follow its own BLAS settings. Raises `FileFormatError`
     or `UnsupportedError` for the file, `BackendError` for a ggml that cannot be used.
     """
-    if threads is not None and threads < 1:
-        raise UnsupportedError(f"threads: expected at least 1, found {threads}")
+    checked_threads(threads)
     file = GgufFile.open(path)
     try:
         file.hyperparameters()
@@ -63,8 +66,8 @@ def _backend(file: GgufFile, name: BackendName, threads: int | None) -> tuple[Ba
 class Model:
     """A model ready to run; made by `load`. A context manager.
 
-    `hp` are its hyperparameters, `tokenizer` its text, `notice` what "auto" has to say. One thread at a time
-    may use a model and its states.
+    `hp` are its hyperparameters, `tokenizer` its text, `notice` what "auto" has to say. Threads that use one
+    model wait for each other; a state belongs to one text, and so to one thread at a time.
     """
 
     def __init__(self, file: GgufFile, tokenizer: Tokenizer, backend: Backend, notice: str | None = None) -> None:
@@ -73,6 +76,8 @@ class Model:
         self.notice = notice
         self.hp: Hyperparameters = file.hyperparameters()
         self._backend = backend
+        self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def path(self) -> Path:
@@ -85,7 +90,14 @@ class Model:
         return self._backend.name
 
     def new_state(self) -> State:
-        """An empty memory, at position 0."""
+        """An empty memory, at position 0. Raises `UnsupportedError` where the machine has no room for it."""
+        self._check_open()
+        needed, available = self._backend.state_nbytes, psutil.virtual_memory().available
+        if needed > available:
+            raise UnsupportedError(
+                f"{self.path}: {arch.key('attention.sliding_window')}: a state takes {needed:,} bytes, and "
+                f"{available:,} are free"
+            )
         return self._backend.new_state()
 
     def forward(
@@ -95,9 +107,17 @@ class Model:
 
         Logits after the last token, float32 [V], or with `every` after each, float32 [T, V]. The result does
         not depend on how a text is cut into calls, beyond rounding. Raises `UnsupportedError` for an empty
-        sequence or a token outside the vocabulary; `state` is as before then.
+        sequence, a token that is no whole number or outside the vocabulary, a state of another model, a closed
+        model; `state` is as before then.
         """
         ids = self._checked(tokens)
+        with self._lock:
+            self._check_open()
+            if state.owner is not self._backend:
+                raise UnsupportedError(f"state: was not made by this model, {self.path}")
+            return self._feed(ids, state, every)
+
+    def _feed(self, ids: NDArray[np.int32], state: State, every: bool) -> NDArray[np.float32]:
         if every:
             step = max(1, min(CHUNK, _EVERY_LOGITS // self.hp.vocab))
             return np.concatenate([self._run(chunk, state, "every") for chunk in _chunks(ids, step)])
@@ -112,18 +132,27 @@ class Model:
         return logits
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        wide = np.asarray(tokens, dtype=np.int64)
+        wide = np.asarray(tokens)
         if wide.ndim != 1 or not wide.size:
             raise UnsupportedError(f"tokens: expected a sequence of at least one, found shape {wide.shape}")
+        if wide.dtype.kind not in "iu":
+            raise UnsupportedError(f"tokens: expected whole numbers, found {wide.dtype}")
         outside = wide[(wide < 0) | (wide >= self.hp.vocab)]
         if outside.size:
             raise UnsupportedError(f"tokens: {outside[0]} is outside the vocabulary of {self.hp.vocab}")
         return wide.astype(np.int32)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnsupportedError(f"{self.path}: the model is closed")
+
     def close(self) -> None:
-        """Release the file and all memory; the model's states are dead after it."""
-        self._backend.close()
-        self.file.close()
+        """Release the file and all memory; neither the model nor its states can be used after it."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._backend.close()
+                self.file.close()
 
     def __enter__(self) -> Self:
         return self

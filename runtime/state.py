@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import Generic, Protocol, Self, TypeVar
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from griffin_gguf.runtime.arch import Hyperparameters
 
 #: Tokens that one pass over the weights may take: longer texts are fed in chunks of this.
@@ -42,6 +44,7 @@ class State(Protocol):
     """The memory of one text on one backend; made by `Model.new_state`."""
 
     position: int  # tokens read so far
+    owner: object  # the backend that made it, the only one that can go on from it
 
     def copy(self) -> Self:
         """An independent state that continues from the same point."""
@@ -78,7 +81,18 @@ def arrays(layers: list[LayerState[A]]) -> Iterator[A]:
             yield getattr(layer, field.name)
 
 
-def nbytes(hp: Hyperparameters, kv_item: int) -> int:
-    """Bytes of one state: `kv_item` bytes an element of the ring, 4 elsewhere."""
-    sizes: list[LayerState[int]] = build(hp, lambda s: 4 * prod(s), lambda s: kv_item * prod(s))
+def kv_type(embedding: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Type of the rings' keys and values in ggml, for a file whose embedding is of that type.
+
+    F16 costs up to 2e-3 of the largest logit: nothing beside quantized weights. An F32 file is there to be
+    exact (1e-6), so its rings are F32 too.
+    """
+    exact = embedding is GGMLQuantizationType.F32
+    return GGMLQuantizationType.F32 if exact else GGMLQuantizationType.F16
+
+
+def nbytes(hp: Hyperparameters, kv: GGMLQuantizationType) -> int:
+    """Bytes of one state whose rings are of type `kv`, F32 or F16."""
+    item = GGML_QUANT_SIZES[kv][1]
+    sizes: list[LayerState[int]] = build(hp, lambda s: 4 * prod(s), lambda s: item * prod(s))
     return sum(arrays(sizes))

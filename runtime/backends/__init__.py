@@ -13,6 +13,11 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of a state."""
+        ...
+
     def new_state(self) -> Any:
         """A state at position 0."""
         ...

@@ -5,9 +5,12 @@ its inputs change. Graphs read and write the state's tensors where they lie.
 """
 
 import itertools
+import weakref
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state as states
@@ -19,7 +22,7 @@ from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.selftest import selftest
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.griffin import Inputs, Rows, chunk_inputs, forward
-from griffin_gguf.runtime.state import CHUNK, AttentionState, LayerState
+from griffin_gguf.runtime.state import AttentionState, LayerState
 
 #: The longest block of the blocked scan: beyond it, running products cost more than carries save.
 _LONGEST_BLOCK = 32
@@ -35,39 +38,51 @@ class GgmlBackend:
         self.device = Device(threads)
         selftest(self.device)
         self.weights = Weights(file, self.device)
-        # Keys and values in f16 cost up to 2e-3 of the largest logit: nothing beside quantized weights, but an
-        # F32 file is there to be exact (1e-6).
-        exact = self.weights.tensors["token_embd.weight"].type == abi.F32
-        self._kv_type = abi.F32 if exact else abi.F16
-        self._allocators: dict[tuple[int, Rows], Allocator] = {}
+        self._kv_type = states.kv_type(file.tensors["token_embd.weight"].type)
+        self._token_allocator, self._chunk_allocator = self.device.allocator(), self.device.allocator()
+        self._chunk_graph: tuple[weakref.ref[GgmlState], int, Rows, Graph] | None = None
+        if not self.device.is_cpu:  # the CPU has every operation
+            self._token_graph(self.new_state())
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of a state."""
+        return states.nbytes(self.hp, self._kv_type)
 
     def new_state(self) -> "GgmlState":
         """A state at position 0."""
-        return GgmlState(self.device, self.hp, self._kv_type)
+        return GgmlState(self, self._kv_type)
 
     def run(self, tokens: NDArray[np.int32], state: "GgmlState", rows: Rows) -> NDArray[np.float32] | None:
         """Feed one chunk: logits [T, V], [1, V] or None."""
-        graph = self._graph(state, len(tokens), rows)
-        ring = states.ring_rows(self.hp)
-        logits = graph.run(self.device, chunk_inputs(tokens, state.position, self.hp.window, ring))
+        graph = self._token_graph(state) if len(tokens) == 1 else self._graph_of_chunk(state, len(tokens), rows)
+        inputs = chunk_inputs(self.hp, tokens, state.position, states.ring_rows(self.hp))
+        logits = graph.run(self.device, inputs)
         state.position += len(tokens)
         return logits
 
-    def _graph(self, state: "GgmlState", count: int, rows: Rows) -> "Graph":
-        """The state's graph for `count` tokens; those for one token and for a whole chunk are kept."""
-        key = (count, rows)
-        if count not in (1, CHUNK):
-            return Graph(self, state, count, rows, self.device.allocator())
-        if key not in state.graphs:
-            if key not in self._allocators:
-                self._allocators[key] = self.device.allocator()
-            state.graphs[key] = Graph(self, state, count, rows, self._allocators[key])
-        return state.graphs[key]
+    def _token_graph(self, state: "GgmlState") -> "Graph":
+        """The state's graph for one token, built once; those of all states have one shape and share memory."""
+        if state.token_graph is None:
+            state.token_graph = Graph(self, state, 1, "last", self._token_allocator)
+        return state.token_graph
+
+    def _graph_of_chunk(self, state: "GgmlState", count: int, rows: Rows) -> "Graph":
+        """A graph for `count` tokens; the latest is kept, since a long text takes it again and again."""
+        if self._chunk_graph is not None:
+            owner, *shape, graph = self._chunk_graph
+            if owner() is state and shape == [count, rows]:
+                return graph
+            self._chunk_graph = None
+        graph = Graph(self, state, count, rows, self._chunk_allocator)
+        self._chunk_graph = (weakref.ref(state), count, rows, graph)
+        return graph
 
     def close(self) -> None:
         """Release weights and memory; states made here are dead after it."""
-        for allocator in self._allocators.values():
-            allocator.close()
+        self._chunk_graph = None
+        self._token_allocator.close()
+        self._chunk_allocator.close()
         self.weights.close()
 
 
@@ -84,7 +99,7 @@ class Weights:
             for name, tensor in self.tensors.items():
                 device.place(buffer, tensor, file.data(name))
         else:
-            buffer = device.allocate(self._context)
+            buffer = device.allocate(self._context, "the weights")
             for name, tensor in self.tensors.items():
                 device.write(tensor, file.data(name))
         self._buffer = buffer
@@ -98,32 +113,33 @@ class Weights:
 
 
 class GgmlState:
-    """The memory of one text on a device, its keys and values of type `kv`, and the graphs that work on it."""
+    """The memory of one text on a device, its keys and values of type `kv`, and its graph for one token."""
 
-    def __init__(self, device: Device, hp: Hyperparameters, kv: int) -> None:
+    def __init__(self, owner: GgmlBackend, kv: GGMLQuantizationType) -> None:
+        self.owner = owner
         self.position = 0
-        self.graphs: dict[tuple[int, Rows], Graph] = {}
-        self._device, self._hp, self._kv_type = device, hp, kv
-        self._context = Context(2 * hp.layers)
-        self.layers: list[LayerState[Tensor]] = states.build(hp, self._context.new, self._kv)
-        self._buffer = device.allocate(self._context)
+        self.token_graph: Graph | None = None
+        self._kv_type = kv
+        self._context = Context(2 * owner.hp.layers)
+        self.layers: list[LayerState[Tensor]] = states.build(owner.hp, self._context.new, self._kv)
+        self._buffer = owner.device.allocate(self._context, f"a state of {self.nbytes} bytes")
         self._buffer.clear()
 
     def _kv(self, shape: tuple[int, ...]) -> Tensor:
-        return self._context.new(shape, self._kv_type)
+        return self._context.new(shape, int(self._kv_type))
 
     def copy(self) -> "GgmlState":
         """An independent state that continues from the same point."""
-        other = GgmlState(self._device, self._hp, self._kv_type)
+        other = GgmlState(self.owner, self._kv_type)
         for source, target in zip(states.arrays(self.layers), states.arrays(other.layers), strict=True):
-            self._device.lib.ggml_backend_tensor_copy(source.handle, target.handle)
+            self.owner.device.lib.ggml_backend_tensor_copy(source.handle, target.handle)
         other.position = self.position
         return other
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return states.nbytes(self._hp, kv_item=2 if self._kv_type == abi.F16 else 4)
+        return states.nbytes(self.owner.hp, self._kv_type)
 
 
 class Graph:
@@ -133,12 +149,11 @@ class Graph:
         hp = backend.hp
         size = 64 + hp.layers * (64 + 8 * scan_nodes(count))
         self._context = context = Context(size, nodes=size)
-        # An input that no node reads has no memory: a model may lack one kind of layer.
-        self._recurrent, self._attention = any(hp.recurrent), not all(hp.recurrent)
         self._allocator = allocator  # owns the addresses of this graph's tensors
         self._inputs = Inputs(
             tokens=context.input((count,), abi.I32),
-            positions=context.input((count,), abi.I32),
+            cos=context.input((count, 1, hp.rope_width // 2)),
+            sin=context.input((count, 1, hp.rope_width // 2)),
             keep=context.input((count, 1)),
             slots=context.input((count,), abi.I64),
             mask=context.input((count, states.ring_rows(hp)), abi.F16),
@@ -153,14 +168,12 @@ class Graph:
 
     def run(self, device: Device, inputs: Inputs[NDArray[Any]]) -> NDArray[np.float32] | None:
         """Compute on these inputs; the logits, where the graph has them."""
-        device.write(self._inputs.tokens, inputs.tokens)
-        if self._recurrent:
-            device.write(self._inputs.keep, inputs.keep)
-        if self._attention:
-            mask = np.where(inputs.mask, np.float16(0), np.float16(-np.inf))
-            device.write(self._inputs.positions, inputs.positions)
-            device.write(self._inputs.slots, inputs.slots)
-            device.write(self._inputs.mask, mask)
+        mask = np.where(inputs.mask, np.float16(0), np.float16(-np.inf))
+        for field in fields(inputs):
+            target: Tensor = getattr(self._inputs, field.name)
+            # A model may lack one kind of layer, and a chunk without logits may end before the last attention.
+            if self._context.is_used(target):
+                device.write(target, mask if field.name == "mask" else getattr(inputs, field.name))
         device.run(self._context)
         return device.read(self._logits) if self._logits is not None else None
 
@@ -245,15 +258,25 @@ class GgmlOps:
         g.store(carry, h)
         return b
 
-    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        heads = self._graph.reshape(x, (x.shape[0], x.shape[1] // self._hp.head_width, self._hp.head_width))
-        turned = self._graph.rope(heads, positions, self._hp.rope_width, self._hp.rope_base)
-        return self._graph.reshape(turned, x.shape)
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """In place on `x`: ggml_rope computes its angles in f32, these come in f64 from chunk_inputs."""
+        g, hp, half = self._graph, self._hp, cos.shape[-1]
+        count, heads = x.shape[0], x.shape[1] // hp.head_width
+
+        def part(start: int) -> Tensor:
+            """Dimensions [start, start + half) of every head."""
+            return g.view(x, (count, heads, half), (x.shape[1], hp.head_width), start)
+
+        across = g.expand(g.mul(part(0), sin)), g.expand(g.mul(part(half), sin))
+        g.expand(g.sub_into(g.mul_into(part(0), cos), across[1]))
+        g.expand(g.add_into(g.mul_into(part(half), cos), across[0]))
+        return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: AttentionState[Tensor], inputs: Inputs[Tensor]) -> Tensor:
         g, hp = self._graph, self._hp
-        keys = self._heads(g.set_rows(ring.k, k, inputs.slots))
-        values = self._heads(g.set_rows(ring.v, v, inputs.slots))
+        # Expanded here: a chunk without logits needs what is written even where nothing after it reads it.
+        keys = self._heads(g.expand(g.set_rows(ring.k, k, inputs.slots)))
+        values = self._heads(g.expand(g.set_rows(ring.v, v, inputs.slots)))
         queries = g.swap(g.reshape(q, (q.shape[0], hp.heads, hp.head_width)))  # [N, T, D]
         return g.reshape(g.attention(queries, keys, values, inputs.mask, hp.head_width**-0.5), q.shape)
 

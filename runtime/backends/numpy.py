@@ -9,6 +9,7 @@ from math import pi, sqrt
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state as states
@@ -27,6 +28,7 @@ _HEAD_SLICE = 1 << 24
 class NumpyState:
     """The memory of one text, as arrays (keys and values in f32)."""
 
+    owner: object  # the backend that made it
     layers: list[LayerState[Array]]
     position: int = 0
 
@@ -35,7 +37,7 @@ class NumpyState:
         layers: list[LayerState[Array]] = []
         for layer in self.layers:
             layers.append(type(layer)(*(array.copy() for array in states.arrays([layer]))))
-        return NumpyState(layers, self.position)
+        return NumpyState(self.owner, layers, self.position)
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +54,18 @@ class NumpyBackend:
         self._file = file
         self._hp = file.hyperparameters()
 
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of a state."""
+        return states.nbytes(self._hp, GGMLQuantizationType.F32)
+
     def new_state(self) -> NumpyState:
         """A state at position 0."""
-        return NumpyState(states.build(self._hp, _zeros, _zeros))
+        return NumpyState(self, states.build(self._hp, _zeros, _zeros))
 
     def run(self, tokens: NDArray[np.int32], state: NumpyState, rows: Rows) -> Array | None:
         """Feed one chunk; `state` changes only once the whole chunk is computed."""
-        inputs = chunk_inputs(tokens, state.position, self._hp.window, states.ring_rows(self._hp))
+        inputs = chunk_inputs(self._hp, tokens, state.position, states.ring_rows(self._hp))
         ops = NumpyOps(self._file, self._hp)
         logits = forward(ops, self._hp, state.layers, inputs, rows)
         for target, value in ops.stores:
@@ -136,11 +143,8 @@ class NumpyOps:
         self.stores.append((h, last))
         return out
 
-    def rope(self, x: Array, positions: NDArray[Any]) -> Array:
-        half = self._hp.rope_width // 2
-        frequency = self._hp.rope_base ** (-np.arange(half) / half)
-        angle = positions[:, None, None] * frequency  # f64 [T, 1, half]
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        half = cos.shape[-1]
         out = x.reshape(len(x), -1, self._hp.head_width).copy()
         first, second = out[:, :, :half].copy(), out[:, :, half : 2 * half].copy()
         out[:, :, :half] = first * cos - second * sin

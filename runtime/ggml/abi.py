@@ -22,16 +22,13 @@ from griffin_gguf.runtime.errors import BackendError
 GGML_VERSION = "0.25.3"
 
 # enum ggml_type: these ids also stand in GGUF files and never change.
-F32, F16, I32, I64, BF16 = 0, 1, 26, 27, 30
+F32, F16, I32, I64 = 0, 1, 26, 27
 
 # enum ggml_backend_dev_type
 DEVICE_CPU = 0
 
 # enum ggml_backend_buffer_usage
 USAGE_WEIGHTS = 1
-
-# GGML_ROPE_TYPE_NEOX: dimension j is paired with j + n/2
-ROPE_NEOX = 2
 
 STATUS_SUCCESS = 0
 
@@ -83,13 +80,8 @@ _TYPES: dict[str, Any] = {
 _PROTOTYPES: dict[str, str] = {
     # about the library
     "ggml_version": "s",
-    "ggml_type_name": "s i",
-    "ggml_blck_size": "l i",
-    "ggml_type_size": "z i",
-    "ggml_row_size": "z il",
+    "ggml_log_set": "v pp",
     # quantization: type, src (f32), dst, first element, rows, row length, importance (f32 or NULL)
-    "ggml_quantize_init": "v i",
-    "ggml_quantize_requires_imatrix": "b i",
     "ggml_quantize_chunk": "z ipplllp",
     # contexts and tensors: ne0 is the fastest dimension
     "ggml_init": "p G",
@@ -99,6 +91,7 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_used_mem": "z p",
     "ggml_new_tensor": "p piip",
     "ggml_nbytes": "z p",
+    "ggml_get_data": "p p",
     "ggml_op_desc": "s p",
     "ggml_set_input": "v p",
     "ggml_set_output": "v p",
@@ -108,8 +101,8 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_mul": "p ppp",
     "ggml_div": "p ppp",
     "ggml_mul_inplace": "p ppp",
+    "ggml_sub_inplace": "p ppp",
     "ggml_mul_mat": "p ppp",
-    "ggml_scale": "p ppf",
     "ggml_scale_bias": "p ppff",
     "ggml_sqr": "p pp",
     "ggml_sqrt": "p pp",
@@ -127,7 +120,6 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_reshape_4d": "p ppllll",
     "ggml_view_4d": "p ppllllzzzz",
     "ggml_ssm_conv": "p ppp",
-    "ggml_rope_ext": "p ppppiiiffffff",
     "ggml_flash_attn_ext": "p pppppfff",
     # graphs
     "ggml_new_graph_custom": "p pzb",
@@ -137,11 +129,8 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_gallocr_new": "p p",
     "ggml_gallocr_free": "v p",
     "ggml_gallocr_alloc_graph": "b pp",
-    "ggml_gallocr_get_buffer_size": "z pi",
     # devices, buffers, data
     "ggml_backend_init_best": "p",
-    "ggml_backend_dev_by_type": "p i",
-    "ggml_backend_dev_init": "p ps",
     "ggml_backend_free": "v p",
     "ggml_backend_get_device": "p p",
     "ggml_backend_get_default_buffer_type": "p p",
@@ -154,7 +143,6 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_backend_buffer_free": "v p",
     "ggml_backend_buffer_clear": "v pB",
     "ggml_backend_buffer_set_usage": "v pi",
-    "ggml_backend_buffer_get_size": "z p",
     "ggml_backend_buffer_get_alignment": "z p",
     "ggml_backend_tensor_alloc": "i ppp",
     "ggml_backend_tensor_set": "v ppzz",
@@ -162,6 +150,10 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_backend_tensor_copy": "v pp",
     "ggml_backend_graph_compute": "i pp",
 }
+
+#: `ggml_log_callback`: level, text, user data.
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+LOG_LEVEL_ERROR = 4
 
 #: `ggml_backend_set_n_threads_t`, had by proc address from a device's registry.
 SET_N_THREADS = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
+from griffin_gguf.runtime.ggml.log import capture, last_error
 from griffin_gguf.runtime.machine import compute_threads
 
 
@@ -18,14 +19,9 @@ class Buffer:
 
     def __init__(self, handle: int | None, what: str) -> None:
         if not handle:
-            raise BackendError(f"ggml: no memory for {what}")
+            raise BackendError(f"ggml: no memory for {what}{last_error()}")
         self._lib = abi.load()
         self.handle = handle
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the allocation."""
-        return self._lib.ggml_backend_buffer_get_size(self.handle)
 
     def clear(self) -> None:
         """Fill with zero bytes."""
@@ -48,6 +44,7 @@ class Device:
 
     def __init__(self, threads: int | None = None) -> None:
         self.lib = abi.load()
+        capture(self.lib)
         self._backend = self.lib.ggml_backend_init_best()
         if not self._backend:
             raise BackendError("ggml: found no device to run on")
@@ -71,10 +68,10 @@ class Device:
     def _buffer_type(self) -> int:
         return self.lib.ggml_backend_get_default_buffer_type(self._backend)
 
-    def allocate(self, context: Context) -> Buffer:
-        """Memory for every tensor of `context` that has none yet."""
+    def allocate(self, context: Context, what: str) -> Buffer:
+        """Memory for every tensor of `context`; `what` they are, for the error when there is not enough."""
         handle = self.lib.ggml_backend_alloc_ctx_tensors_from_buft(context.handle, self._buffer_type)
-        return Buffer(handle, f"{context.lib.ggml_used_mem(context.handle)} bytes of tensor headers")
+        return Buffer(handle, what)
 
     def map(self, mapping: NDArray[np.uint8], largest: int) -> Buffer | None:
         """A buffer over a mapped file, not copied; None where the device cannot.
@@ -130,7 +127,7 @@ class Device:
         """Compute the context's graph; raises `BackendError` when the device fails."""
         status = self.lib.ggml_backend_graph_compute(self._backend, context.graph)
         if status != abi.STATUS_SUCCESS:
-            raise BackendError(f"ggml: {self.name} failed to compute a graph (status {status})")
+            raise BackendError(f"ggml: {self.name} failed to compute a graph: status {status}{last_error()}")
 
     def close(self) -> None:
         """Release the device; its buffers must be gone before."""
@@ -156,12 +153,7 @@ class Allocator:
     def place(self, context: Context) -> None:
         """Give every tensor of the graph its address; raises `BackendError` when memory runs out."""
         if not self._lib.ggml_gallocr_alloc_graph(self._handle, context.graph):
-            raise BackendError("ggml: no memory for a graph's intermediate values")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for intermediate values."""
-        return self._lib.ggml_gallocr_get_buffer_size(self._handle, 0)
+            raise BackendError(f"ggml: no memory for a graph's intermediate values{last_error()}")
 
     def close(self) -> None:
         """Give the memory back."""

@@ -135,6 +135,10 @@ class Context:
         """x ·= y; the result is `x` at the same place, to be used in its stead."""
         return self._binary("mul_inplace", x, y)
 
+    def sub_into(self, x: Tensor, y: Tensor) -> Tensor:
+        """x -= y; the result is `x` at the same place, to be used in its stead."""
+        return self._binary("sub_inplace", x, y)
+
     def _binary(self, op: str, x: Tensor, y: Tensor) -> Tensor:
         padded = (1,) * (len(x.shape) - len(y.shape)) + y.shape
         assert all(n % m == 0 for n, m in zip(x.shape, padded, strict=True)), (op, x.shape, y.shape)
@@ -194,14 +198,6 @@ class Context:
         handle = self.lib.ggml_ssm_conv(self.handle, padded.handle, taps.handle)
         return self.reshape(Tensor(handle, (1, count, width)), (count, width))
 
-    def rope(self, x: Tensor, positions: Tensor, width: int, base: float) -> Tensor:
-        """Turn pairs (j, j + width/2), j < width/2, of x [T, N, D] by position · base^(-2j/width)."""
-        assert positions.shape == (x.shape[0],), (x.shape, positions.shape)
-        handle = self.lib.ggml_rope_ext(
-            self.handle, x.handle, positions.handle, None, width, abi.ROPE_NEOX, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0
-        )
-        return Tensor(handle, x.shape)
-
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """softmax(scale · q kᵀ + mask) v: q [N, T, D], k and v [K, R, D], mask f16 [T, R] -> [T, N, D]."""
         heads, count, width = q.shape
@@ -221,6 +217,10 @@ class Context:
         """Copy `value` into a tensor that outlives the graph, at this point of its order."""
         assert prod(value.shape) == prod(target.shape), (value.shape, target.shape)
         self.expand(Tensor(self.lib.ggml_cpy(self.handle, value.handle, target.handle), target.shape, target.type))
+
+    def is_used(self, x: Tensor) -> bool:
+        """Whether some node of the placed graph reads the input `x`: only then has it memory."""
+        return self.lib.ggml_get_data(x.handle) is not None
 
     def output(self, x: Tensor) -> Tensor:
         """Mark `x` as read by the caller after the run."""

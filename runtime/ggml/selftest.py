@@ -14,7 +14,7 @@ from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.device import Device
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 
-_T, _D, _R, _ROPE = 3, 64, 256, 32  # tokens, head width, ring rows, turned dimensions
+_T, _D, _R = 3, 64, 256  # tokens, head width, ring rows
 _TOLERANCE = 1e-3  # of the largest value; a GPU may multiply in f16
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -44,15 +44,14 @@ def _by_ggml(device: Device, data: Arrays) -> NDArray[np.float32]:
         return filled[-1][0]
 
     x, taps, weight, tail = (given(data[name]) for name in ("x", "taps", "weight", "tail"))
-    slots, positions = given(np.arange(_T, dtype=np.int64), abi.I64), given(np.arange(_T, dtype=np.int32), abi.I32)
+    slots = given(np.arange(_T, dtype=np.int64), abi.I64)
     ring = given(np.zeros((_R, _D), np.float32))
     seen = np.arange(_R) <= np.arange(_T)[:, None]
     mask = given(np.where(seen, 0, -np.inf).astype(np.float16), abi.F16)
 
     c = g.conv(g.concat(tail, g.dense(g.transpose(x))), taps)
-    turned = g.rope(g.reshape(c, (_T, 1, _D)), positions, _ROPE, 10000.0)
-    keys = g.reshape(g.set_rows(ring, g.reshape(turned, (_T, _D)), slots), (1, _R, _D))
-    mixed = g.reshape(g.attention(g.swap(turned), keys, keys, mask, _D**-0.5), (_T, _D))
+    keys = g.reshape(g.set_rows(ring, c, slots), (1, _R, _D))
+    mixed = g.reshape(g.attention(g.swap(g.reshape(c, (_T, 1, _D))), keys, keys, mask, _D**-0.5), (_T, _D))
     result = g.output(g.scale(g.gelu_gate(g.matmul(weight, mixed), mixed), 2.0, 1.0))
 
     allocator = device.allocator()
@@ -65,16 +64,10 @@ def _by_ggml(device: Device, data: Arrays) -> NDArray[np.float32]:
 
 def _by_numpy(data: Arrays) -> NDArray[np.float32]:
     padded = np.concatenate([data["tail"].T, data["x"]])
-    c = sum(padded[k : k + _T] * data["taps"][:, k] for k in range(4))
-    half = _ROPE // 2
-    angle = np.arange(_T)[:, None] * 10000.0 ** (-np.arange(half) / half)
-    first, second, rest = np.split(np.asarray(c), [half, _ROPE], axis=1)
-    turned = np.concatenate(
-        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle), rest], 1
-    )
-    scores = np.where(np.tri(_T, dtype=bool), turned @ turned.T / sqrt(_D), -np.inf)
+    c = np.asarray(sum(padded[k : k + _T] * data["taps"][:, k] for k in range(4)))
+    scores = np.where(np.tri(_T, dtype=bool), c @ c.T / sqrt(_D), -np.inf)
     weights = np.exp(scores - scores.max(1, keepdims=True))
-    mixed = weights / weights.sum(1, keepdims=True) @ turned
+    mixed = weights / weights.sum(1, keepdims=True) @ c
     gate = mixed @ data["weight"].T
     gelu = 0.5 * gate * (1 + np.tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3)))
     return (2 * gelu * mixed + 1).astype(np.float32)

@@ -191,6 +191,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logits_soft_cap": "30"}, "logits_soft_cap: expected a number"),
     ({"logits_soft_cap": 0.0}, "logits_soft_cap: expected more than 0"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected more than 0"),
+    ({"rms_norm_eps": 1e-46}, "rms_norm_eps: expected more than 0"),  # 0 as the f32 that a GGUF holds
     ({"conv1d_width": 1}, "conv1d_width: expected at least 2 taps"),
     ({"attention_window_size": 0}, "attention_window_size: expected more than 0"),
     ({"lru_width": 2561}, "num_attention_heads: 10 gate blocks do not divide the RG-LRU width 2561"),

@@ -324,3 +324,23 @@ def test_the_checkpoint_is_left_alone(tmp_path: Path):
     for path in (tmp_path / "copy").iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     assert len(list(folder.iterdir())) == len(list((tmp_path / "copy").iterdir()))
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.model"])
+def test_a_target_that_is_a_file_of_the_checkpoint_is_refused(tmp_path: Path, name):
+    folder = random_checkpoint(tmp_path / "c")
+    before = (folder / name).read_bytes()
+    link = tmp_path / "link.gguf"
+    link.symlink_to(folder / name)
+    for target in (folder / name, link):
+        with pytest.raises(GriffinError, match="is a file of the checkpoint"):
+            convert(folder, [(target, "F32")])
+    assert (folder / name).read_bytes() == before
+
+
+def test_a_gguf_may_lie_in_the_checkpoints_folder_and_be_replaced(tmp_path: Path):
+    folder = random_checkpoint(tmp_path / "c")
+    for kind in ("F32", "Q8_0"):
+        convert(folder, [(folder / "m.gguf", kind)])
+    with GgufFile.open(folder / "m.gguf") as file:
+        assert file.metadata["general.file_type"] == 7

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from griffins import NINE_B, TWO_B
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,5 +117,15 @@ def test_every_declared_function_is_there() -> None:
 
 def test_state_bytes_of_the_published_models() -> None:
     """docs/gguf-format.md's figures: 18 (26) RG-LRU layers of 4·4·W bytes, 8 (12) pairs of rings in f16."""
-    assert state.nbytes(TWO_B, kv_item=2) == 18 * 16 * 2560 + 8 * 2 * 2560 * 256 * 2
-    assert state.nbytes(NINE_B, kv_item=2) == 26 * 16 * 4096 + 12 * 2 * 2560 * 256 * 2
+    assert state.nbytes(TWO_B, GGMLQuantizationType.F16) == 18 * 16 * 2560 + 8 * 2 * 2560 * 256 * 2
+    assert state.nbytes(NINE_B, GGMLQuantizationType.F16) == 26 * 16 * 4096 + 12 * 2 * 2560 * 256 * 2
+
+
+def test_what_ggml_says_ends_up_in_our_error_and_not_on_stderr(
+    device: Device, capfd: pytest.CaptureFixture[str]
+) -> None:
+    context = Context(1)
+    context.new((1 << 40, 1 << 6))
+    with pytest.raises(BackendError, match=r"no memory for a test \(.*failed to allocate"):
+        device.allocate(context, "a test")
+    assert capfd.readouterr().err == ""

@@ -391,3 +391,6 @@ def test_vectors_must_be_f32_and_finite(opened, griffin):
     raw = griffin[:offset] + struct.pack("<f", float("nan")) + griffin[offset + 4 :]
     with pytest.raises(FileFormatError, match=r"blk\.0\.ssm_a: holds NaN or infinity"):
         opened(raw).hyperparameters()
+    raw = griffin[:offset] + struct.pack("<f", 0.01) + griffin[offset + 4 :]
+    with pytest.raises(FileFormatError, match=r"blk\.0\.ssm_a: expected no number above 0"):
+        opened(raw).hyperparameters()

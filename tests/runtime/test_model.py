@@ -1,13 +1,18 @@
 """The public calls of a loaded model: state, chunks, refusals."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
+from numpy.typing import NDArray
 
 from griffin_gguf.runtime import Model, load
 from griffin_gguf.runtime.errors import BackendError, FileFormatError, UnsupportedError
@@ -79,8 +84,8 @@ def test_a_state_never_grows(model: Model) -> None:
     assert state.nbytes == expected
 
 
-@pytest.mark.parametrize("tokens", [[], [384], [-1], [[1, 2]]])
-def test_tokens_that_cannot_be_are_refused_and_the_state_stays(model: Model, tokens: list[int]) -> None:
+@pytest.mark.parametrize("tokens", [[], [384], [-1], [[1, 2]], [1.7], [True], ["a"], [2**70], None])
+def test_tokens_that_cannot_be_are_refused_and_the_state_stays(model: Model, tokens: Any) -> None:
     state = model.new_state()
     model.forward(TOKENS[:3], state)
     with pytest.raises(UnsupportedError, match="tokens: "):
@@ -91,8 +96,9 @@ def test_tokens_that_cannot_be_are_refused_and_the_state_stays(model: Model, tok
 
 
 def test_arguments_out_of_range_are_refused_by_name(path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="threads: "):
-        load(path, threads=0)
+    for threads in (0, -1, 513, 3_000_000_000):
+        with pytest.raises(UnsupportedError, match="threads: "):
+            load(path, threads=threads)
     with pytest.raises(UnsupportedError, match="backend: "):
         load(path, backend="cuda")  # pyright: ignore[reportArgumentType]
     with pytest.raises(FileFormatError, match="nowhere"):
@@ -118,3 +124,50 @@ def test_another_ggml_is_an_error_and_only_auto_goes_on(path: Path, monkeypatch:
             assert found in model.notice
     finally:
         abi.load.cache_clear()
+
+
+def test_a_closed_model_is_refused_not_read(path: Path, model: Model) -> None:
+    other = load(path, backend=model.backend, threads=1)  # pyright: ignore[reportArgumentType]
+    state = other.new_state()
+    other.forward([5], state)
+    other.close()
+    other.close()
+    for use in (lambda: other.forward([5], state), other.new_state):
+        with pytest.raises(UnsupportedError, match="closed"):
+            use()
+
+
+def test_a_state_of_another_model_is_refused(path: Path, model: Model) -> None:
+    with load(path, backend=model.backend, threads=1) as other:  # pyright: ignore[reportArgumentType]
+        state = other.new_state()
+        other.forward([5], state)
+        with pytest.raises(UnsupportedError, match="state: "):
+            model.forward([6], state)
+        with pytest.raises(UnsupportedError, match="state: "):
+            model.forward([6], state.copy())
+        assert state.position == 1
+
+
+def test_threads_of_one_model_take_turns(model: Model) -> None:
+    expected = [model.forward(TOKENS[i : i + 30], model.new_state()) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: model.forward(TOKENS[i : i + 30], model.new_state()), range(8)))
+    for logits, alone in zip(found, expected, strict=True):
+        assert np.array_equal(logits, alone)
+
+
+def test_a_state_larger_than_memory_is_refused_by_name(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UnsupportedError, match=r"attention\.sliding_window.* 1,000 are free"):
+        model.new_state()
+
+
+@pytest.mark.parametrize("position", [30_000, 1_000_000, 2**31 + 5, 2**40])
+def test_ggml_equals_numpy_however_long_the_text_has_been(path: Path, position: int) -> None:
+    logits: list[NDArray[np.float32]] = []
+    for backend in ("numpy", "ggml"):
+        with load(path, backend=backend, threads=1) as model:  # pyright: ignore[reportArgumentType]
+            state = model.new_state()
+            state.position = position
+            logits.append(model.forward(TOKENS, state, every=True))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()

@@ -1,6 +1,7 @@
 """Both backends against transformers, in one f32 forward pass, on random models of many shapes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,18 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, shape: str) -> None:
         assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-def test_a_prompt_longer_than_several_chunks_equals_one_pass(tmp_path: Path) -> None:
-    path = random_model(tmp_path, attention_window_size=40)
+#: Layers that end on attention: what they remember has no reader within a chunk without logits.
+ENDINGS = {
+    "attention last": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
+    "attention twice": {"block_types": ["recurrent", "attention", "attention"], "num_hidden_layers": 6},
+    "a lone attention": {"block_types": ["attention"], "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES | ENDINGS)
+def test_a_prompt_longer_than_several_chunks_equals_one_pass(tmp_path: Path, shape: str) -> None:
+    overrides: dict[str, Any] = {"attention_window_size": 100} | (SHAPES | ENDINGS)[shape]
+    path = random_model(tmp_path, **overrides)
     tokens = np.random.default_rng(3).integers(0, 384, 1300)
     expected = transformers_logits(tmp_path / "checkpoint", tokens)[-1]
     for backend, bar in BARS.items():

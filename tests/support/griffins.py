@@ -42,9 +42,10 @@ def metadata(hp: Hyperparameters) -> Metadata:
 
 
 def weights(hp: Hyperparameters, seed: int = 0) -> Weights:
-    """Small random weights, float32, by GGUF name."""
+    """Small random weights, float32, by GGUF name; decays below 0, as they must be."""
     rng = np.random.default_rng(seed)
-    return {t.name: rng.normal(0, 0.05, t.shape).astype(np.float32) for t in hp.tensors()}
+    found = {t.name: rng.normal(0, 0.05, t.shape).astype(np.float32) for t in hp.tensors()}
+    return {name: -abs(array) if name.endswith("ssm_a") else array for name, array in found.items()}
 
 
 def reader(found: Weights) -> Callable[[Tensor, int, int], NDArray[np.float32]]:
