@@ -289,7 +289,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--corpus", type=Path, default=Path("build/demo_corpus"), help="where the packages are kept")
-    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps at most; 0 exports random weights")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps at most; 0 exports random weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="training time at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

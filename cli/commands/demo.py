@@ -33,7 +33,7 @@ _WIDTH = 96  # of the paragraphs
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add_command(app, "demo", demo, "griffin demo", "griffin demo --dir /tmp/griffin-demo")
+    add_command(app, "demo", demo, "griffin demo", "griffin demo --dir somewhere-else")
 
 
 def demo(

@@ -72,7 +72,7 @@ def test_errors_come_back_with_their_message(model_file: Path, tmp_path: Path) -
         measure(tmp_path / "none.gguf", TEXT, tokens=50)
     with pytest.raises(GriffinError, match="a text of 0 tokens is too short to measure"):
         measure(model_file, "", tokens=50)
-    with pytest.raises(GriffinError, match="threads: expected at least 1, found 0"):
+    with pytest.raises(GriffinError, match="threads: expected 1 to 512, found 0"):
         measure(model_file, TEXT, tokens=50, threads=0)
 
 
