@@ -1,5 +1,6 @@
 """`griffin chat`: a conversation in the terminal."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,9 +26,11 @@ from griffin_gguf.cli.options import (
 from griffin_gguf.cli.running import load_model, show_timings, stream
 
 if TYPE_CHECKING:
+    from griffin_gguf.cli.conversation import Conversation
     from griffin_gguf.runtime.generate import Generation
 
-_HELP = "/clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer."
+_HELP = "/clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer, /help says this."
+_COMMAND = re.compile(r"/\w+")
 
 
 def register(app: typer.Typer) -> None:
@@ -68,8 +71,8 @@ def chat(
         if sys.stdin.isatty():
             note(_HELP)
         for line in _lines():
-            if line == "/clear":
-                conversation.clear()
+            if _COMMAND.fullmatch(line):
+                _obey(line, conversation)
                 continue
             with conversation.ask(line) as generation, _stoppable(generation):
                 stream(generation)
@@ -79,6 +82,14 @@ def chat(
             _explain(generation, max_tokens)
             if timings:
                 show_timings(generation, model.backend)
+
+
+def _obey(command: str, conversation: "Conversation") -> None:
+    """Carry out a line that is one word after a slash; /bye ends `_lines` itself."""
+    if command == "/clear":
+        conversation.clear()
+    else:
+        note(_HELP if command == "/help" else f"{command} is no command. {_HELP}")
 
 
 def _lines() -> Iterator[str]:

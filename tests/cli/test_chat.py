@@ -81,6 +81,15 @@ def test_a_turn_that_fails_leaves_the_conversation_whole(model: Path) -> None:
         assert after == say(other, "Go on.")
 
 
+def test_a_word_after_a_slash_is_a_command_and_not_for_the_model(model: Path) -> None:
+    result = griffin("chat", model, "-t", "1", stdin="/help\n/nonsense\n")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    help_line, refusal = result.stderr.splitlines()
+    assert "/clear forgets the conversation" in help_line
+    assert refusal.startswith("/nonsense is no command. /clear")
+
+
 def test_clear_forgets(model: Path) -> None:
     with load(model, threads=1) as loaded:
         conversation = Conversation(loaded, GREEDY, 8)
