@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import functools
 from collections import deque
 
 from griffin_gguf.runtime.ggml import abi
@@ -15,8 +16,9 @@ def _keep(level: int, text: bytes, _: int) -> None:
         _errors.append(text.decode(errors="replace").strip())
 
 
+@functools.cache
 def capture(lib: abi.Library) -> None:
-    """Send ggml's messages here until the interpreter ends; after that no Python may be called."""
+    """Send ggml's messages here, once for all, until the interpreter ends; after that no Python may be called."""
     lib.ggml_log_set(ctypes.cast(_keep, ctypes.c_void_p).value, None)
     atexit.register(lib.ggml_log_set, None, None)
 
