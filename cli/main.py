@@ -48,6 +48,8 @@ class Griffin(TyperGroup):
         """Say what went wrong; the exit code."""
         if format_message := getattr(error, "format_message", None):  # typer's usage errors; their class is private
             context = getattr(error, "ctx", None)
+            if not format_message():  # no command at all: the help page has been shown
+                return _USAGE
             complain(f"{format_message()} (see {context.command_path if context else 'griffin'} --help)")
             return _USAGE
         complain(_message(error))

@@ -19,7 +19,8 @@ _BACKENDS: tuple["BackendName", ...] = ("auto", "ggml", "numpy")
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file that griffin wrote.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads; all cores unless given.")
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", min=1, max=512, help="CPU threads; all cores unless given."),
 ]
 Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="auto, ggml or numpy; auto takes ggml where it loads.")

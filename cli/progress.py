@@ -40,12 +40,12 @@ def _lines(label: str, unit: str) -> Report:
 
     def report(done: int, total: int) -> None:
         nonlocal told
-        tenth = 10 * done // total if total else 10
-        if tenth == told:
+        percent = 100 * done // total if total else 100
+        if percent // 10 == told:
             return
-        told = tenth
+        told = percent // 10
         amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
         left = (monotonic() - start) * (total - done) / done if done else None
-        note(f"{label}: {tenth * 10} % ({amount})" + (f", {left:.0f} s left" if left else ""))
+        note(f"{label}: {percent} % ({amount})" + (f", {left:.0f} s left" if left else ""))
 
     return report

@@ -1,4 +1,4 @@
-"""Text that comes in: from files and from stdin."""
+"""Text that comes in, from files and from stdin, and text that goes into files."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,15 @@ def read_text(path: Path) -> str:
 def read_stdin() -> str:
     """All of stdin, UTF-8; errors as of `read_text`."""
     return _decode("stdin", sys.stdin.buffer.read())
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of that text, which appears when it is complete. Raises `GriffinError` naming it."""
+    from griffin_gguf.quant.writer import atomic
+
+    with atomic(path) as file:
+        file.write(text.encode())
+        file.sync()
 
 
 def without_newline(text: str) -> str:

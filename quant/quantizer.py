@@ -85,7 +85,7 @@ def _output(file: GgufFile, target: Path, type: str | FileType, allow_requantize
     if quantized and not allow_requantize:
         raise UnsupportedError(
             f"{file.path}: {quantized.name}: is quantized already ({quantized.type.name}), and quantizing it again "
-            "loses more; start from an F32, F16 or BF16 file, or allow requantizing"
+            "loses more; start from an F32, F16 or BF16 file (--allow-requantize does it all the same)"
         )
     metadata: Metadata = {name: (value, *file.types[name]) for name, value in file.metadata.items()}
     metadata.pop("general.alignment", None)  # it is of the source's layout

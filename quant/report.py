@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 
 from griffin_gguf.quant.measure import Measurement
 
@@ -22,8 +23,10 @@ COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
 
 @dataclass
 class Report:
-    """One row a file, in the order they were measured."""
+    """One row a file, in the order they were measured; `text` is the name of what they were measured on."""
 
+    text: str
+    threads: int | None = None  # all cores if None
     rows: list[Measurement] = field(default_factory=list[Measurement])
 
     @property
@@ -36,11 +39,28 @@ class Report:
         """The table's other lines, as text."""
         return [[cell(row) for _, cell in COLUMNS] for row in self.rows]
 
+    @property
+    def names(self) -> list[str]:
+        """Short names of the files, whole paths where short ones would be the same."""
+        short = [PurePath(row.path).name for row in self.rows]
+        return short if len(set(short)) == len(short) else [row.path for row in self.rows]
+
+    @property
+    def legend(self) -> str:
+        """What the numbers are, in a line."""
+        predicted = max((row.tokens for row in self.rows), default=0)
+        backends = ", ".join(sorted({row.backend for row in self.rows}))
+        threads = f"{self.threads} threads" if self.threads else "all cores"
+        scored = f"Perplexity over {predicted} tokens of {self.text} ± standard error"
+        return f"{scored}; median speeds ({backends}, {threads})."
+
     def to_json(self) -> str:
         """Every field of every row, unrounded, as `Measurement` names them."""
-        return json.dumps({"rows": [asdict(row) for row in self.rows]}, indent=2) + "\n"
+        content = {"text": self.text, "threads": self.threads, "rows": [asdict(row) for row in self.rows]}
+        return json.dumps(content, indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """Render the table, numbers to the right."""
-        lines = [self.headings, ["---"] + ["---:"] * (len(COLUMNS) - 1), *self.cells]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        """Render the table, numbers to the right, and the legend."""
+        cells = [[name.replace("|", "\\|"), *line] for name, line in zip(self.names, self.cells, strict=True)]
+        lines = [["file", *self.headings], ["---", "---"] + ["---:"] * (len(COLUMNS) - 1), *cells]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{self.legend}\n"

@@ -100,7 +100,7 @@ def write(
     check_targets([output.path for output in outputs])
     headers = [header(output) for output in outputs]
     with ExitStack() as stack:
-        files = [stack.enter_context(_atomic(output.path)) for output in outputs]
+        files = [stack.enter_context(atomic(output.path)) for output in outputs]
         for file, first in zip(files, headers, strict=True):
             file.write(first)
         count = checked_threads(threads) or usable_cores()
@@ -119,6 +119,8 @@ def check_targets(paths: Sequence[Path]) -> None:
             raise GriffinError(f"{path}: the folder {path.parent} does not exist")
         if path.is_dir():
             raise GriffinError(f"{path}: is a folder; expected the name of a file")
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of a device or a pipe
+            raise GriffinError(f"{path}: is no regular file; expected the name of one, or a new name")
     if len({path.resolve() for path in paths}) < len(paths):
         raise GriffinError(f"{paths[0]}: two outputs have the same path")
 
@@ -138,7 +140,7 @@ def _encoded(outputs: Sequence[Output], read: Reader, pool: ThreadPoolExecutor, 
 
 
 def _stream(
-    outputs: Sequence[Output], files: Sequence["_File"], chunks: Iterator[_Chunk], progress: Progress | None
+    outputs: Sequence[Output], files: Sequence["PartialFile"], chunks: Iterator[_Chunk], progress: Progress | None
 ) -> None:
     """Write chunks in order as they come out of the pool, staying `_CHUNKS_AHEAD` behind the reader."""
     total = 4 * sum(row.rows * row.columns for row in outputs[0].plan)
@@ -156,7 +158,7 @@ def _stream(
                 progress(done, total)
 
 
-def _write_chunk(row: Planned, chunk: _Chunk, file: "_File") -> None:
+def _write_chunk(row: Planned, chunk: _Chunk, file: "PartialFile") -> None:
     for piece in chunk.pieces[row.type]:
         try:
             encoded = piece.result()
@@ -176,7 +178,7 @@ def _pad(data: bytes) -> bytes:
     return data + bytes(-len(data) % ALIGNMENT)
 
 
-class _File:
+class PartialFile:
     """An unbuffered file whose errors name `path`, the name it will have."""
 
     def __init__(self, path: Path, raw: RawIOBase) -> None:
@@ -184,6 +186,7 @@ class _File:
         self.position = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data`."""
         left = memoryview(data).cast("B")
         while left:
             with _naming(self._path):
@@ -198,14 +201,17 @@ class _File:
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[_File]:
-    """Open a file that takes the name `path` when the block ends well, and vanishes otherwise."""
+def atomic(path: Path) -> Iterator[PartialFile]:
+    """Open a file that takes the name `path` when the block ends well, and vanishes otherwise.
+
+    Whoever wants it to last calls its `sync` before the end. Raises `GriffinError` naming `path`.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with _naming(path):
             raw = temporary.open("xb", buffering=0)
         with raw:
-            yield _File(path, raw)
+            yield PartialFile(path, raw)
         with _naming(path):
             temporary.replace(path)
             _sync_folder(path.parent)

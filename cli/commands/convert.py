@@ -34,7 +34,8 @@ def convert(
         list[str], typer.Option("--type", metavar="TYPE", help=f"One of {', '.join(TYPES)}. May be given repeatedly.")
     ] = ["BF16"],  # noqa: B006  typer copies it
     allow_unknown: Annotated[
-        bool, typer.Option("--allow-unknown", help="Go on where config.json has fields that griffin does not know.")
+        bool,
+        typer.Option("--allow-unknown", help="Go on past fields of config.json and tensors not known here."),
     ] = False,
     threads: Threads = None,
 ) -> None:

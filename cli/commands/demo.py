@@ -61,8 +61,8 @@ def demo(
         out().print(_paragraph(generation.text), style="green", markup=False)
 
     _title("3", "Measure", "size, memory, speed; perplexity on unseen text, lower is better")
-    files = [path for path, _ in targets]
-    show(measure_files(files, read_text(HELD_OUT), tokens=_MEASURED_TOKENS, threads=_THREADS))
+    files = {path: path.name for path, _ in targets}
+    show(measure_files(files, read_text(HELD_OUT), text=HELD_OUT.name, tokens=_MEASURED_TOKENS, threads=_THREADS))
 
     _title("✓", "Done", f"{monotonic() - begun:.0f} seconds, files in {folder}. Next:")
     program = _program()

@@ -1,7 +1,7 @@
 """`griffin export-ollama`: a GGUF and a Modelfile, side by side."""
 
 import os
-import shutil
+import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +19,9 @@ from griffin_gguf.cli.options import (
     TopP,
     add_command,
 )
-from griffin_gguf.cli.text import read_text
+from griffin_gguf.cli.text import read_text, write_text
 
+_BLOCK = 16 << 20  # bytes copied at a time
 _TODAY = (
     "Ollama as released cannot load this architecture yet: `ollama create` refuses it, since Ollama's llama.cpp does "
     "not have RecurrentGemma. An Ollama built with a llama.cpp that has it takes this folder as it is."
@@ -76,29 +77,32 @@ def export_ollama(
         raise GriffinError(f"{path}: file name: has characters that a Modelfile cannot hold; rename the file")
     with new_folder(folder):
         _place(path, folder / path.name, copy)
-        (folder / "Modelfile").write_text(modelfile(path.name, text, stops, sampling, context), encoding="utf-8")
+        write_text(folder / "Modelfile", modelfile(path.name, text, stops, sampling, context))
     out().print(f"{folder / 'Modelfile'}\n{folder / path.name}", markup=False, soft_wrap=True)
     note(_TODAY)
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
     """Link or copy `source` to `target`, which appears when it is complete."""
+    from griffin_gguf.quant.writer import atomic
+
     if target.exists() and target.samefile(source):
         return
-    partial = target.with_name(f"{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        if copy or not _link(source, partial):
-            shutil.copyfile(source, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not copy and _link(source, target):
+        return
+    with source.open("rb") as data, atomic(target) as file:
+        while block := data.read(_BLOCK):
+            file.write(block)
+        file.sync()
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Make a hard link; False where the file system does not."""
+    """Put a hard link at `target`; False where the file system does not."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        os.link(source.resolve(), target)
+        os.link(source.resolve(), partial)
+        partial.replace(target)
     except OSError:
+        partial.unlink(missing_ok=True)
         return False
     return True

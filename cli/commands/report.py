@@ -1,6 +1,8 @@
 """`griffin report`: what each quantization costs and is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +13,7 @@ from griffin_gguf.cli.commands.convert import new_folder, plan_targets, run
 from griffin_gguf.cli.console import clean, note, out, table
 from griffin_gguf.cli.options import TYPES, Backend, Json, Threads, add_command, parse_backend, parse_types
 from griffin_gguf.cli.progress import progress
-from griffin_gguf.cli.text import read_text
+from griffin_gguf.cli.text import read_text, write_text
 
 if TYPE_CHECKING:
     from griffin_gguf.quant.report import Report
@@ -61,21 +63,23 @@ def report(
     Each file runs in a process of its own, so that its peak memory is its own. A checkpoint's folder is converted
     first, in a temporary folder.
     """
-    from griffin_gguf.runtime.errors import GriffinError
-
     words = read_text(text or HELD_OUT)
     kinds = parse_types(types)
     chosen = parse_backend(backend)
     for source in sources:
-        if not source.exists():
-            raise GriffinError(f"{source}: there is no such file or folder")
-    with TemporaryDirectory(prefix="griffin-report-") as work:
-        files = [file for source in sources for file in _files(source, Path(work), kinds, threads)]
-        found = measure_files(files, words, tokens=tokens, backend=chosen, threads=threads)
-    if output:
-        with new_folder(output):
-            (output / "report.json").write_text(found.to_json(), encoding="utf-8")
-            (output / "report.md").write_text(found.to_markdown(), encoding="utf-8")
+        _check(source)
+    with new_folder(output) if output else nullcontext(), TemporaryDirectory(prefix="griffin-report-") as work:
+        files = {
+            file: name
+            for i, source in enumerate(sources)
+            for file, name in _files(source, Path(work) / str(i), kinds, threads).items()
+        }
+        found = measure_files(
+            files, words, text=(text or HELD_OUT).name, tokens=tokens, backend=chosen, threads=threads
+        )
+        if output:
+            write_text(output / "report.json", found.to_json())
+            write_text(output / "report.md", found.to_markdown())
     if as_json:
         out().file.write(found.to_json())
         return
@@ -85,37 +89,54 @@ def report(
 
 
 def measure_files(
-    files: Sequence[Path], text: str, *, tokens: int, backend: "BackendName" = "auto", threads: int | None = None
+    files: Mapping[Path, str],
+    words: str,
+    *,
+    text: str,
+    tokens: int,
+    backend: "BackendName" = "auto",
+    threads: int | None = None,
 ) -> "Report":
-    """Measure file after file, showing how far it is."""
+    """Measure file after file, each under the name that it shall have; `text` is the name of `words`."""
     from griffin_gguf.quant.measure import measure
     from griffin_gguf.quant.report import Report
 
-    found = Report()
-    for file in files:
+    found = Report(text, threads)
+    for file, name in files.items():
         with progress(f"Measuring {clean(file.name)}", unit="tokens") as tell:
-            found.rows.append(measure(file, text, tokens=tokens, backend=backend, threads=threads, progress=tell))
+            row = measure(file, words, tokens=tokens, backend=backend, threads=threads, progress=tell)
+        found.rows.append(replace(row, path=name))
     return found
 
 
 def show(found: "Report") -> None:
     """Print the table, and what its numbers are."""
     headings = ["\n".join(heading.rsplit(" ", 1)) for heading in found.headings]  # narrow: units in a second line
-    names = [clean(Path(row.path).name) for row in found.rows]
-    named = len({row.type for row in found.rows}) < len(names)  # else the type says which file it is
+    named = len({row.type for row in found.rows}) < len(found.rows)  # else the type says which file it is
     rows = table(*["file"] * named, *headings, right=tuple(headings[1:]))
-    for name, cells in zip(names, found.cells, strict=True):
-        rows.add_row(*[name] * named, *cells)
+    for name, cells in zip(found.names, found.cells, strict=True):
+        rows.add_row(*[clean(name)] * named, *cells)
     out().print(rows)
-    predicted = max(row.tokens for row in found.rows)
-    backends = ", ".join(sorted({row.backend for row in found.rows}))
-    note(f"Perplexity over {predicted} tokens ± standard error; median speeds ({backends}).")
+    note(found.legend)
 
 
-def _files(source: Path, work: Path, types: Sequence[str], threads: int | None) -> list[Path]:
-    """The GGUF files to measure: `source` itself, or what a checkpoint converts to."""
+def _check(source: Path) -> None:
+    """Find out what cannot be measured before anything is."""
+    from griffin_gguf.runtime.errors import GriffinError
+    from griffin_gguf.runtime.gguf_file import GgufFile
+
+    if not source.exists():
+        raise GriffinError(f"{source}: there is no such file or folder")
+    if source.is_file():
+        with GgufFile.open(source) as file:
+            file.hyperparameters()
+
+
+def _files(source: Path, work: Path, types: Sequence[str], threads: int | None) -> dict[Path, str]:
+    """The GGUF files to measure and their names: `source` itself, or what a checkpoint converts to."""
     if not source.is_dir():
-        return [source]
+        return {source: str(source)}
     targets = plan_targets(str(source), work, types)
+    work.mkdir()
     run(source, targets, threads=threads)
-    return [path for path, _ in targets]
+    return {path: f"{source} as {kind}" for path, kind in targets}

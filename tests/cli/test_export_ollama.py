@@ -1,5 +1,8 @@
+import errno
+import os
 from pathlib import Path
 
+import pytest
 from command import done, griffin, refused
 from rewriting import rewritten
 
@@ -50,4 +53,16 @@ def test_other_turns_than_gemmas_need_a_template(model: Path, tmp_path: Path) ->
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "no.gguf" in refused("export-ollama", tmp_path / "no.gguf", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_by_the_file_that_does_not_fit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused("export-ollama", model, "-o", tmp_path / "out", "--copy")
+    assert line.endswith(f"{tmp_path / 'out' / model.name}: cannot be written: No space left on device")
     assert not (tmp_path / "out").exists()

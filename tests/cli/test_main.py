@@ -143,3 +143,10 @@ main.main()
     with start_python(code) as process:
         assert process.wait() == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bare_command_shows_its_help_and_no_error() -> None:
+    result = griffin()
+    assert result.exit_code == 2
+    assert "convert" in result.stdout + result.stderr
+    assert "error" not in result.stderr

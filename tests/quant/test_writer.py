@@ -217,7 +217,7 @@ def test_a_system_that_writes_less_than_it_was_given() -> None:
             return min(7, len(data))
 
     raw = Reluctant()
-    file = writer._File(Path("a.gguf"), raw)
+    file = writer.PartialFile(Path("a.gguf"), raw)
     file.write(bytes(range(100)))
     file.write(np.arange(6, dtype=np.uint8).reshape(2, 3).data)
     assert raw.written == bytes(range(100)) + bytes(range(6))
@@ -264,3 +264,11 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         _, complaint = child.communicate(timeout=60)
     assert complaint.rstrip().endswith(b"KeyboardInterrupt")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GriffinError, match="pipe: is no regular file"):
+        writer.check_targets([tmp_path / "pipe"])
+    with pytest.raises(GriffinError, match="no regular file"):
+        writer.check_targets([Path(os.devnull)])
