@@ -50,7 +50,7 @@ class Report:
         """What the numbers are, in a line."""
         predicted = max((row.tokens for row in self.rows), default=0)
         backends = ", ".join(sorted({row.backend for row in self.rows}))
-        threads = f"{self.threads} threads" if self.threads else "all cores"
+        threads = {None: "all cores", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
         scored = f"Perplexity over {predicted} tokens of {self.text} ± standard error"
         return f"{scored}; median speeds ({backends}, {threads})."
 

@@ -24,7 +24,8 @@ def test_cells() -> None:
     report = Report("novel.txt", rows=[ROW, ROW])
     assert len(report.headings) == len(COLUMNS)
     assert [len(line) for line in report.cells] == [len(COLUMNS)] * 2
-    assert "all cores" in report.legend
+    assert report.legend.endswith("(ggml, all cores).")
+    assert Report("novel.txt", 1, [ROW]).legend.endswith("(ggml, 1 thread).")
 
 
 def test_files_of_one_name_go_by_their_paths() -> None:
