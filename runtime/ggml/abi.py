@@ -88,7 +88,6 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_free": "v p",
     "ggml_tensor_overhead": "z",
     "ggml_graph_overhead_custom": "z zb",
-    "ggml_used_mem": "z p",
     "ggml_new_tensor": "p piip",
     "ggml_nbytes": "z p",
     "ggml_get_data": "p p",
