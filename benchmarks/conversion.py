@@ -19,7 +19,8 @@ from scale import machine, random_checkpoint
 
 from griffin_gguf.convert.config import read_config
 from griffin_gguf.quant.encode import encode
-from griffin_gguf.quant.recipes import Planned, file_type, plan
+from griffin_gguf.quant.file_types import file_type
+from griffin_gguf.quant.recipes import Planned, plan
 
 _CHUNK = 1 << 21  # elements a call
 
@@ -34,18 +35,18 @@ def main() -> None:
     print(machine())
     checkpoint = random_checkpoint(arguments.folder, arguments.size)
     target = arguments.folder / f"random-{arguments.size}-{arguments.type}.gguf"
-    whole, rss, beyond = convert(checkpoint, target, arguments.type)
+    whole, rss, beyond = measured(["convert", checkpoint, "-o", target, "--type", arguments.type])
     print(f"convert: {whole:.1f} s, peak RSS {rss / 2**20:.0f} MiB, of it beyond mapped file pages "
           f"{beyond / 2**20:.0f} MiB, {target.stat().st_size / 1e9:.2f} GB", flush=True)  # fmt: skip
     alone = quantize_alone(plan(read_config(checkpoint / "config.json").hp, file_type(arguments.type)))
     print(f"quantizing alone: {alone:.1f} s; convert takes {whole / alone:.2f} times as long")
 
 
-def convert(checkpoint: Path, target: Path, type_name: str) -> tuple[float, int, int]:
-    """Run `griffin convert` as a process: seconds, peak RSS, peak RSS less file pages, in bytes."""
-    command = [sys.executable, "-m", "griffin_gguf.cli", "convert", checkpoint, "-o", target, "--type", type_name]
+def measured(arguments: list[str | Path]) -> tuple[float, int, int]:
+    """Run `griffin` with these arguments as a process: seconds, peak RSS, peak RSS less file pages, in bytes."""
+    command = [sys.executable, "-m", "griffin_gguf.cli", *map(str, arguments)]
     start = time.perf_counter()
-    child = psutil.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    child = psutil.Popen(command, stderr=subprocess.DEVNULL)
     rss = beyond = 0
     while child.poll() is None:
         try:
@@ -56,7 +57,7 @@ def convert(checkpoint: Path, target: Path, type_name: str) -> tuple[float, int,
         beyond = max(beyond, memory.rss - getattr(memory, "shared", 0))
         time.sleep(0.02)
     if child.wait():
-        raise SystemExit(f"griffin convert ended with {child.returncode}")
+        raise SystemExit(f"griffin {arguments[0]} ended with {child.returncode}")
     return time.perf_counter() - start, rss, beyond
 
 

@@ -34,6 +34,7 @@ CONFIGS = {
     "9b": _COMMON | {"hidden_size": 4096, "lru_width": 4096, "intermediate_size": 24576,
                      "num_hidden_layers": 38, "num_attention_heads": 16},
 }  # fmt: skip
+CONFIGS["2b-short"] = CONFIGS["2b"] | {"num_hidden_layers": 3, "vocab_size": 32000}  # widths of the 2B, 0.3 G weights
 
 
 def random_checkpoint(folder: Path, size: str) -> Path:

@@ -12,12 +12,12 @@ from rich.table import Table
 _PIPE_WIDTH = 200
 
 #: Progress, notes and errors. Both consoles follow `sys.stdout` and `sys.stderr` wherever those point.
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def out() -> Console:
     """The console for results."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def clean(text: str) -> str:

@@ -25,6 +25,7 @@ def describe(file: GgufFile) -> dict[str, Any]:
     elements = sum(prod(info.shape) for info in file.tensors.values())
     return {
         "path": str(file.path),
+        "files": [str(path) for path in file.paths],
         "size": file.size,
         "architecture": architecture,
         "name": file.metadata.get("general.name"),

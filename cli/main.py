@@ -4,6 +4,7 @@
 1 in silence where the reader of a pipe has gone.
 """
 
+import os
 import signal
 import sys
 from io import TextIOWrapper
@@ -13,10 +14,21 @@ import typer
 from typer.core import TyperGroup
 
 from griffin_gguf.cli import __version__
-from griffin_gguf.cli.commands import chat, convert, demo, export_ollama, generate, inspect, quantize, report
+from griffin_gguf.cli.commands import (
+    chat,
+    convert,
+    demo,
+    export_ollama,
+    generate,
+    imatrix,
+    inspect,
+    quantize,
+    report,
+    verify,
+)
 from griffin_gguf.cli.console import complain, err, out
 
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
 
 
 class Griffin(TyperGroup):
@@ -99,7 +111,7 @@ def griffin(
     """
 
 
-for command in (convert, quantize, inspect, generate, chat, report, export_ollama, demo):
+for command in (convert, quantize, imatrix, inspect, verify, generate, chat, report, export_ollama, demo):
     command.register(app)
 
 
@@ -108,6 +120,14 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` clauses clean up
-    app(prog_name="griffin")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # so that `finally` clauses clean up
+    try:
+        app(prog_name="griffin")
+    except SystemExit as end:
+        if end.code in (_INTERRUPTED, _TERMINATED):
+            # Files are cleaned up, but a thread may be deep in ggml for seconds, and Python would wait for it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
     raise AssertionError("unreachable: the group exits")

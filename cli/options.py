@@ -1,6 +1,7 @@
 """Options that several commands share, worded once."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,19 +9,32 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from griffin_gguf.quant.recipes import FileType
+    from griffin_gguf.quant.file_types import FileType
+    from griffin_gguf.quant.imatrix import ImportanceMatrix
     from griffin_gguf.runtime.model import BackendName
 
-#: The file types, for help pages: quant/recipes.py, which has them, is slow to import. A test compares the two.
-TYPES = ("F32", "BF16", "F16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q2_K")
-
 _BACKENDS: tuple["BackendName", ...] = ("auto", "ggml", "numpy")
+
+#: How help pages speak of file types.
+TYPES_HELP = "Q4_K_M, Q8_0, BF16 or another of the types that [bold]griffin quantize --list-types[/bold] shows"
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file that griffin wrote.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", "-t", metavar="N", min=1, max=512, help="CPU threads; all cores unless given."),
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option("--imatrix", metavar="FILE", help="Weigh errors by this importance matrix (griffin imatrix)."),
+]
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--split-max-size",
+        metavar="SIZE",
+        help="Split into NAME-00001-of-0000N.gguf of at most so many bytes of tensors: 2G, 500M.",
+    ),
 ]
 Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="auto, ggml or numpy; auto takes ggml where it loads.")
@@ -87,7 +101,7 @@ Seed = Annotated[
 
 def parse_type(name: str) -> "FileType":
     """A file type by its name, in either case; a usage error names the choices."""
-    from griffin_gguf.quant.recipes import file_type
+    from griffin_gguf.quant.file_types import file_type
     from griffin_gguf.runtime.errors import UnsupportedError
 
     try:
@@ -99,6 +113,26 @@ def parse_type(name: str) -> "FileType":
 def parse_types(names: list[str]) -> list[str]:
     """The canonical names of several file types, each once, in the order given."""
     return list(dict.fromkeys(parse_type(name).name for name in names))
+
+
+#: Suffix of a size -> bytes.
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4.5GB" (10⁹), "4.5GiB" (2³⁰), "500M" or "123456"; a usage error for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    count = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if not count:
+        raise typer.BadParameter(f"{text!r} is no size; expected one such as 4.5GB, 500M or 2GiB")
+    return count
+
+
+def load_imatrix(path: Path | None) -> "ImportanceMatrix | None":
+    """The importance matrix, where one was given."""
+    from griffin_gguf.quant.imatrix import ImportanceMatrix
+
+    return ImportanceMatrix.load(path) if path else None
 
 
 def parse_backend(name: str) -> "BackendName":

@@ -7,13 +7,14 @@ plain reads into a buffer of their size, never through a mapping: memory does no
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from griffin_gguf.convert.files import LFS_PROBLEM, are_counts, parse_json, read_json
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
-from griffin_gguf.runtime.gguf_file import is_lfs_pointer
+from griffin_gguf.runtime.gguf_file import widened
+from griffin_gguf.runtime.gguf_header import is_lfs_pointer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +34,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 #: dtypes that weights may have -> bytes of an element.
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 _CHUNK_BYTES = 16 << 20
+
+#: (start, stop) -> those rows of a checkpoint's tensor seen as 2-D, float32.
+Rows = Callable[[int, int], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,25 @@ class Stored:
 class Checkpoint:
     """The safetensors files of a folder, open for reading. A context manager.
 
-    `tensors` maps names to where each lies; nothing is said yet about which of them a model needs.
+    `tensors` maps names to where each lies; nothing is said yet about which of them a model needs. Reading
+    changes nothing here, so several threads may do it at once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder` and check every header. Raises `FileFormatError` naming file and tensor."""
+    def __init__(self, folder: Path, only: str | None = None) -> None:
+        """Open `folder`, or of it the file `only`, and check every header.
+
+        Raises `FileFormatError` naming file and tensor, `UnsupportedError` for a folder of pickles.
+        """
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
         self._files: dict[Path, BinaryIO] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         with ExitStack() as opened:
-            weight_map = _weight_map(folder)
-            for name in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
+            weight_map = {} if only else _weight_map(folder)
+            for name in sorted(set(weight_map.values())) if weight_map else [only or SINGLE]:
                 path = folder / name
                 self._files[path] = opened.enter_context(_open(path))
+                self._stamps[path] = _stamp(self._files[path])
                 self._add(_read_header(path, self._files[path]), weight_map)
             for name, shard in weight_map.items():
                 if name not in self.tensors:
@@ -103,14 +114,25 @@ class Checkpoint:
         raw = self._bytes(stored, start * row_bytes, (stop - start) * row_bytes)
         return _as_float32(raw, stored.dtype).reshape(stop - start, stored.columns)
 
+    def read_columns(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Columns [start, stop) of a tensor seen as 2-D, float32 [rows, stop - start]; as `read`, one row a read."""
+        stored = self.tensors[name]
+        assert 0 <= start <= stop <= stored.columns, (name, start, stop, stored.shape)
+        size = FLOATS[stored.dtype]
+        begins = range(start * size, stored.rows * stored.columns * size, stored.columns * size)
+        raw = b"".join(self._bytes(stored, begin, (stop - start) * size) for begin in begins)
+        return _as_float32(raw, stored.dtype).reshape(stored.rows, stop - start)
+
+    def check_unchanged(self) -> None:
+        """Raise `FileFormatError` where a file's size or time of modification is not what it was at opening."""
+        for path, file in self._files.items():
+            if _stamp(file) != self._stamps[path]:
+                raise FileFormatError(path, "file", "was changed while it was read")
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers, compared in pieces."""
         a, b = self.tensors[one], self.tensors[other]
-        if a.shape != b.shape:
-            return False
-        step = max(1, _CHUNK_BYTES // (4 * a.columns))
-        spans = [(at, min(at + step, a.rows)) for at in range(0, a.rows, step)]
-        return all(np.array_equal(self.read(one, *span), self.read(other, *span)) for span in spans)
+        return a.shape == b.shape and same_numbers(partial(self.read, one), partial(self.read, other), a)
 
     def _add(self, found: Iterator[Stored], weight_map: dict[str, str]) -> None:
         """Take in the tensors of one file, which must be where the index, if any, says."""
@@ -133,9 +155,32 @@ class Checkpoint:
         return raw
 
 
+def same_numbers(one: Rows, other: Rows, shape: Stored) -> bool:
+    """Whether two readers of tensors of that shape give the same numbers, compared in pieces."""
+    spans = pieces(shape)
+    return all(np.array_equal(one(*span), other(*span)) for span in spans)
+
+
+def pieces(stored: Stored) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of runs of rows, each of `_CHUNK_BYTES` as float32 or a little less."""
+    step = max(1, _CHUNK_BYTES // (4 * stored.columns))
+    return ((at, min(at + step, stored.rows)) for at in range(0, stored.rows, step))
+
+
+def refuse_pickle(path: Path) -> NoReturn:
+    """Say what to do about a checkpoint that only loading code could read."""
+    advice = "loading it can run any code; save the model as safetensors (transformers: save_pretrained) first"
+    raise UnsupportedError(f"{path}: is a pickle: {advice}")
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
 def _as_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype == "BF16":
+        return widened(np.frombuffer(raw, np.uint8))
     return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
@@ -152,8 +197,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if any(folder.glob("*.safetensors")):
         raise FileFormatError(index, "file", "is missing, and the folder holds shards")
     if pickles:
-        advice = "loading it can run any code; save the model as safetensors (transformers: save_pretrained) first"
-        raise UnsupportedError(f"{folder / pickles[0]}: is a pickle: {advice}")
+        refuse_pickle(folder / pickles[0])
     raise FileFormatError(single, "file", "is missing")
 
 

@@ -5,21 +5,18 @@ What a field means, and what stands in for an absent one, follows transformers 5
 here: transformers' defaults are no released model's.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from griffin_gguf.convert.files import read_json
+from griffin_gguf.convert.files import Fields, read_json
 from griffin_gguf.runtime import arch
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 
 MODEL_TYPE = "recurrent_gemma"
 TRAINED_CONTEXT = 8192  # tokens of the released models' training texts; no config says it
-_LARGEST = 2**53
 _DEFAULT_PATTERN = ["recurrent", "recurrent", "attention"]
 _KINDS = {"recurrent": True, "attention": False}
 
@@ -91,48 +88,16 @@ def read_config(path: Path, allow_unknown: bool = False) -> Config:
     another, and, unless `allow_unknown`, for one that nothing here knows; `UnsupportedError` for another model
     or a variant of it that we do not have.
     """
-    fields = _Fields(path, read_json(path))
+    fields = Fields(path, read_json(path))
     _check_variant(fields)
-    if not allow_unknown:
-        for name in fields.values:
-            if name not in USED and name not in IGNORED:
-                field = name if name.isprintable() else repr(name)
-                raise FileFormatError(path, field, "is a field that we do not know; --allow-unknown ignores it")
+    fields.check_known(allow_unknown, USED, IGNORED)
     hp = _hyperparameters(fields)
     _check(path, hp)
     ids = {name: _token_id(fields, f"{name}_token_id", hp.vocab) for name in ("bos", "eos", "pad")}
     return Config(hp, fields.flag("tie_word_embeddings", True), **ids)
 
 
-class _Fields:
-    """The fields of one file, each read as the type it must have. null is as good as absent."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        return cast(int, self._typed(name, "a whole number", (int,), default))
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return float(self._typed(name, "a number", (int, float), default))
-
-    def flag(self, name: str, default: bool) -> bool:
-        return cast(bool, self._typed(name, "true or false", (bool,), default))
-
-    def _typed(self, name: str, wanted: str, kinds: tuple[type, ...], default: Any) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise FileFormatError(self.path, name, "is missing")
-        if type(value) not in kinds:
-            raise FileFormatError(self.path, name, f"expected {wanted}, found {value!r}")
-        if abs(value) > _LARGEST:  # beyond what a float holds, arithmetic on it would fail
-            raise FileFormatError(self.path, name, f"expected {wanted} up to {_LARGEST:g}")
-        return value
-
-
-def _check_variant(fields: _Fields) -> None:
+def _check_variant(fields: Fields) -> None:
     """Refuse other models, and variants of this one that GGUF's keys cannot say."""
     found = fields.values.get("model_type")
     if found != MODEL_TYPE:
@@ -146,7 +111,7 @@ def _check_variant(fields: _Fields) -> None:
         raise UnsupportedError(f"{fields.path}: embeddings_scale_by_sqrt_dim: only true is supported")
 
 
-def _hyperparameters(fields: _Fields) -> arch.Hyperparameters:
+def _hyperparameters(fields: Fields) -> arch.Hyperparameters:
     layers, hidden = fields.whole("num_hidden_layers"), fields.whole("hidden_size")
     heads = fields.whole("num_attention_heads")
     if not 0 < layers <= arch.KEYS["layers"][2] or heads < 1:
@@ -182,7 +147,7 @@ def _hyperparameters(fields: _Fields) -> arch.Hyperparameters:
     )
 
 
-def _rope(fields: _Fields) -> tuple[float, float]:
+def _rope(fields: Fields) -> tuple[float, float]:
     """RoPE's base and the part of a head that it turns: transformers 5 keeps both in `rope_parameters`."""
     path = fields.path
     base, partial = fields.number("rope_theta", 10000.0), fields.number("partial_rotary_factor", 0.5)
@@ -198,14 +163,14 @@ def _rope(fields: _Fields) -> tuple[float, float]:
         for key in inner:
             if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
                 raise FileFormatError(path, f"{name}.{key}", "is a field that we do not know")
-        nested = _Fields(path, inner)
+        nested = Fields(path, inner)
         base, partial = nested.number("rope_theta", base), nested.number("partial_rotary_factor", partial)
     if not 0 < partial <= 1:
         raise FileFormatError(path, "partial_rotary_factor", f"expected more than 0 and at most 1, found {partial}")
     return base, partial
 
 
-def _pattern(fields: _Fields) -> list[bool]:
+def _pattern(fields: Fields) -> list[bool]:
     """Which layers of one round are recurrent. Older transformers spell the field with an underscore."""
     found = {name: fields.values[name] for name in ("block_types", "_block_types") if fields.values.get(name)}
     for name, pattern in found.items():
@@ -227,7 +192,7 @@ def _check(path: Path, hp: arch.Hyperparameters) -> None:
         raise FileFormatError(path, names[field], problem)
 
 
-def _token_id(fields: _Fields, name: str, vocab: int) -> int | None:
+def _token_id(fields: Fields, name: str, vocab: int) -> int | None:
     """A token's id; of a list (several tokens may end a text) the first."""
     value = fields.values.get(name)
     if isinstance(value, list) and value:

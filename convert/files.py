@@ -1,15 +1,16 @@
 """Small files of a checkpoint folder: read whole, checked before they are believed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from griffin_gguf.runtime.errors import FileFormatError
-from griffin_gguf.runtime.gguf_file import is_lfs_pointer
+from griffin_gguf.runtime.gguf_header import is_lfs_pointer
 
 MAX_BYTES = 100 * 2**20  # Gemma's tokenizer.json, the largest of them, has 17 MiB
 LFS_PROBLEM = "this is a Git LFS pointer, not the file itself; fetch it with git lfs"
+_LARGEST = 2**53  # of a number in JSON
 
 
 def read_bytes(path: Path) -> bytes:
@@ -56,6 +57,47 @@ def parse_json(path: Path, field: str, raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(path, field, f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+class Fields:
+    """The fields of one JSON object, each read as the type it must have. null is as good as absent.
+
+    Every method raises `FileFormatError` naming the field.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path, self.values = path, values
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number."""
+        return cast(int, self._typed(name, "a whole number", (int,), default))
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number, whole or not."""
+        return float(self._typed(name, "a number", (int, float), default))
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        return cast(bool, self._typed(name, "true or false", (bool,), default))
+
+    def check_known(self, allow_unknown: bool, *known: Container[str]) -> None:
+        """Refuse, unless `allow_unknown`, a field that is in none of `known`."""
+        for name in () if allow_unknown else self.values:
+            if not any(name in table for table in known):
+                field = name if name.isprintable() else repr(name)
+                raise FileFormatError(self.path, field, "is a field that we do not know; --allow-unknown ignores it")
+
+    def _typed(self, name: str, wanted: str, kinds: tuple[type, ...], default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise FileFormatError(self.path, name, "is missing")
+        if type(value) not in kinds:
+            raise FileFormatError(self.path, name, f"expected {wanted}, found {value!r}")
+        if abs(value) > _LARGEST:  # beyond what a float holds, arithmetic on it would fail
+            raise FileFormatError(self.path, name, f"expected {wanted} up to {_LARGEST:g}")
+        return value
 
 
 def is_count(value: Any) -> bool:

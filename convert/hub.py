@@ -32,14 +32,18 @@ def resolve(checkpoint: str | Path) -> Source:
     """
     folder = Path(checkpoint)
     if folder.is_dir():
-        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
-        return Source(folder, name)
+        return Source(folder, folder_name(folder))
     if folder.exists():
         raise FileFormatError(folder, "checkpoint", "expected the folder of a Hugging Face checkpoint, found a file")
     name = str(checkpoint)
     if not isinstance(checkpoint, str) or not _NAME.fullmatch(name):
         raise FileFormatError(folder, "checkpoint", "no such folder, and no name on the hub (org/name)")
     return Source(_fetch(name), name.split("/")[1], name)
+
+
+def folder_name(folder: Path) -> str:
+    """A folder's own name, as text also where its bytes are none."""
+    return os.fsencode(folder.resolve().name).decode("utf-8", "replace")
 
 
 def _fetch(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,19 +11,22 @@ from gguf import GGUFValueType
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
+from griffin_gguf.convert.adapter_config import AdapterConfig
 from griffin_gguf.convert.checkpoint import FLOATS, Checkpoint
 from griffin_gguf.convert.config import Config, read_config
 from griffin_gguf.convert.files import read_text
 from griffin_gguf.convert.hub import Source, resolve
+from griffin_gguf.convert.lora import EMBEDDING, HEAD, Adapter, Weights, open_config
 from griffin_gguf.convert.transforms import transformed
 from griffin_gguf.convert.vocab import tokenizer_metadata
-from griffin_gguf.quant.encode import EncodingError
-from griffin_gguf.quant.recipes import FileType, Metadata, file_type, plan
-from griffin_gguf.quant.writer import Output, Progress, check_targets, write
+from griffin_gguf.quant import weighting
+from griffin_gguf.quant.encode import EncodingError, Importance, encoder
+from griffin_gguf.quant.file_types import FileType, Metadata, file_type
+from griffin_gguf.quant.imatrix import ImportanceMatrix
+from griffin_gguf.quant.recipes import plan
+from griffin_gguf.quant.writer import Output, Progress, check_targets, files, write
 from griffin_gguf.runtime import arch
-from griffin_gguf.runtime.errors import FileFormatError, GriffinError
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 
 
 def convert(
@@ -32,49 +36,57 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     allow_unknown: bool = False,
+    imatrix: ImportanceMatrix | None = None,
+    max_bytes: int | None = None,
+    loras: Sequence[Path] = (),
 ) -> list[Path]:
     """Write a checkpoint, a folder or `org/name` on the hub, as GGUF files: (file, file type) each.
 
     One pass over the checkpoint writes all files; memory does not grow with the model. `progress` is called
     with (done, total) bytes of the weights, counted as float32. `allow_unknown` ignores fields of config.json and
-    tensors that nothing here knows. Returns the files.
+    tensors that nothing here knows. `imatrix` weighs the errors of quantization, and `max_bytes` splits files, as
+    `quant.writer.Output` has it. `loras` are folders of PEFT's LoRA adapters, merged in that order, in float32, as
+    the weights pass. Returns the files written.
 
-    Raises `FileFormatError` or `UnsupportedError` for anything wrong with the checkpoint or the file types, and
-    `GriffinError` for files that cannot be written or are the checkpoint's own. All that can be known without
-    reading the weights is checked before any file is begun, and no file that is not complete ever appears under
-    its final name.
+    Raises `FileFormatError` or `UnsupportedError` for anything wrong with checkpoint, adapters or file types, and
+    `GriffinError` for files that cannot be written or that are read here. All that can be known without reading
+    the weights is checked before any file is begun, and no file that is not complete ever appears under its
+    final name.
     """
     types = [file_type(name) for _, name in targets]
-    check_targets([path for path, _ in targets])
+    check_targets([path for path, _ in targets], [imatrix.path] if imatrix else [])
+    configs = [open_config(folder, allow_unknown) for folder in loras]
     source = resolve(checkpoint)
-    _refuse_own_files(source.folder, [path for path, _ in targets])
-    with Checkpoint(source.folder) as stored:
-        model = _check(source, stored, allow_unknown)
-        outputs = [
-            Output(path, _metadata(model, type), plan(model.hp, type))
-            for (path, _), type in zip(targets, types, strict=True)
-        ]
+    for folder, what in ((source.folder, "checkpoint"), *((folder, "adapter") for folder in loras)):
+        _refuse_own_files(folder, what, [path for path, _ in targets])
+    with ExitStack() as opened:
+        stored = opened.enter_context(Checkpoint(source.folder))
+        model = _check(source, stored, allow_unknown, configs, opened)
+        importance = weighting.importance_of(imatrix, model.hp)
+        paths = zip(types, [path for path, _ in targets], strict=True)
+        outputs = [_output(model, type, path, imatrix, importance, max_bytes) for type, path in paths]
         try:
-            write(outputs, model.read, threads=threads, progress=progress)
+            rows = encoder(model.read, importance)
+            write(outputs, rows, threads=threads, progress=progress, check=model.weights.check_unchanged)
         except EncodingError as error:
             raise _blamed(model, error) from None
-    return [path for path, _ in targets]
+    return [file.path for output in outputs for file in files(output)]
 
 
-def _refuse_own_files(folder: Path, targets: Sequence[Path]) -> None:
-    """A target must not replace what is read. GGUF files may lie in the checkpoint's folder: they are no part of it."""
+def _refuse_own_files(folder: Path, what: str, targets: Sequence[Path]) -> None:
+    """A target must not replace what is read. GGUF files may lie in such a folder: they are no part of it."""
     for target in targets:
         for file in folder.iterdir() if target.exists() else ():
             if file.suffix != ".gguf" and file.exists() and file.samefile(target):
-                raise GriffinError(f"{target}: is a file of the checkpoint; expected another path")
+                raise GriffinError(f"{target}: is a file of the {what}; expected another path")
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A checkpoint that is known to be whole."""
+    """A checkpoint that is known to be whole, and its adapters to fit."""
 
     source: Source
-    stored: Checkpoint
+    weights: Weights
     hp: arch.Hyperparameters
     vocabulary: Metadata
 
@@ -82,27 +94,32 @@ class _Model:
         """Rows of a tensor in GGUF's layout: what `quant.writer.write` asks for."""
 
         def rows(first: int, last: int) -> NDArray[np.float32]:
-            found = self.stored.read(tensor.source, first, last)
+            found = self.weights.rows(tensor.source)(first, last)
             if tensor.role is arch.Role.VECTOR and not np.isfinite(found).all():
-                file = self.stored.tensors[tensor.source].file  # before a transform makes a number of it
+                file = self.weights.file(tensor.source)  # before a transform makes a number of it
                 raise FileFormatError(file, tensor.source, "holds NaN or infinity")
             return found
 
         return transformed(tensor, rows, start, stop)
 
 
-def _check(source: Source, stored: Checkpoint, allow_unknown: bool) -> _Model:
-    """Everything that can be wrong with a checkpoint but the values of its weights."""
+def _check(
+    source: Source, stored: Checkpoint, allow_unknown: bool, loras: Sequence[AdapterConfig], opened: ExitStack
+) -> _Model:
+    """Everything that can be wrong with a checkpoint and its adapters but the values of their weights."""
     config = read_config(source.folder / "config.json", allow_unknown)
     expected = {tensor.source: tensor for tensor in replace(config.hp, untied=True).tensors()}
     for tensor in expected.values():
-        if tensor.source != _HEAD or _HEAD in stored.tensors:
+        if tensor.source != HEAD or HEAD in stored.tensors:
             _check_tensor(stored, tensor)
     for name, found in stored.tensors.items():
         if name not in expected and not allow_unknown:
             raise FileFormatError(found.file, name, "is no tensor of this model; --allow-unknown ignores it")
     vocabulary = tokenizer_metadata(source.folder, config)
-    return _Model(source, stored, replace(config.hp, untied=_untied(stored, config)), vocabulary)
+    adapters = [opened.enter_context(closing(Adapter(lora, expected, allow_unknown))) for lora in loras]
+    tied = not _untied(stored, config)
+    weights = Weights(stored, adapters, tied, shared=tied and config.tied)
+    return _Model(source, weights, replace(config.hp, untied=weights.untied), vocabulary)
 
 
 def _check_tensor(stored: Checkpoint, tensor: arch.Tensor) -> None:
@@ -118,12 +135,27 @@ def _check_tensor(stored: Checkpoint, tensor: arch.Tensor) -> None:
 
 def _untied(stored: Checkpoint, config: Config) -> bool:
     """Whether the head has weights of its own: as in transformers, the tensors decide, not the config."""
-    if _HEAD not in stored.tensors:
+    if HEAD not in stored.tensors:
         if not config.tied:
             problem = "the tensor is missing, and config.json says tie_word_embeddings = false"
-            raise FileFormatError(stored.folder, _HEAD, problem)
+            raise FileFormatError(stored.folder, HEAD, problem)
         return False
-    return not stored.equal(_EMBEDDING, _HEAD)
+    return not stored.equal(EMBEDDING, HEAD)
+
+
+def _output(
+    model: _Model,
+    type: FileType,
+    path: Path,
+    imatrix: ImportanceMatrix | None,
+    importance: Importance,
+    max_bytes: int | None,
+) -> Output:
+    """One file to write; raises `UnsupportedError` where its type needs an importance matrix."""
+    planned = plan(model.hp, type, imatrix=imatrix is not None)
+    for line in weighting.lacking(planned, type, importance, imatrix):
+        raise UnsupportedError(line)
+    return Output(path, _metadata(model, type) | weighting.keys(imatrix, type), planned, max_bytes)
 
 
 def _metadata(model: _Model, type: FileType) -> Metadata:
@@ -147,7 +179,9 @@ def _general(model: _Model) -> Metadata:
     license = _license(model.source.folder)
     if license:
         text["general.license"] = license
-    return {name: (value, GGUFValueType.STRING, None) for name, value in text.items()}
+    keys: Metadata = {name: (value, GGUFValueType.STRING, None) for name, value in text.items()}
+    names = [adapter.name for adapter in model.weights.adapters]
+    return keys | ({"griffin.lora": (names, GGUFValueType.ARRAY, GGUFValueType.STRING)} if names else {})
 
 
 def _license(folder: Path) -> str | None:
@@ -163,4 +197,6 @@ def _license(folder: Path) -> str | None:
 def _blamed(model: _Model, error: EncodingError) -> GriffinError:
     """Blame a value that cannot be encoded on the checkpoint's tensor."""
     source = next(tensor.source for tensor in model.hp.tensors() if tensor.name == error.tensor)
-    return FileFormatError(model.stored.tensors[source].file, source, error.problem)
+    adapter = model.weights.changed.get(source)
+    merged = f", with {adapter.folder} merged" if adapter else ""
+    return FileFormatError(model.weights.file(source), source, error.problem + merged)

@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from griffin_gguf.convert.checkpoint import Rows
 from griffin_gguf.runtime.arch import Tensor, Transform
 
 F32 = NDArray[np.float32]
-
-#: (start, stop) -> those rows of the checkpoint's tensor seen as 2-D, float32.
-Rows = Callable[[int, int], F32]
 
 
 def decay(parameter: F32) -> F32:

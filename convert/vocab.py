@@ -17,7 +17,7 @@ from griffin_gguf.convert.config import Config
 from griffin_gguf.convert.files import is_unicode, read_json, read_text
 from griffin_gguf.convert.sentencepiece_model import read_sentencepiece
 from griffin_gguf.convert.tokenizer_json import read_tokenizer_json
-from griffin_gguf.quant.recipes import Metadata
+from griffin_gguf.quant.file_types import Metadata
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 from griffin_gguf.runtime.tokenizer import PREFIX, Tokenizer
 

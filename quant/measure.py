@@ -24,6 +24,7 @@ from gguf import LlamaFileType
 from numpy.typing import NDArray
 
 from griffin_gguf.quant.evaluate import Progress, perplexity
+from griffin_gguf.quant.file_types import RECIPE
 from griffin_gguf.runtime import Model, load
 from griffin_gguf.runtime.errors import BackendError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.model import BackendName
@@ -170,7 +171,9 @@ def _measure(
 
 
 def type_name(metadata: Mapping[str, Any]) -> str:
-    """Name the file type of a GGUF as `FILE_TYPES` does: Q4_K_M for general.file_type 15."""
+    """Name the file type of a GGUF as `FILE_TYPES` does: Q4_K_M for general.file_type 15; else its recipe in words."""
+    if isinstance(words := metadata.get(RECIPE), str):
+        return words
     number = metadata.get("general.file_type")
     if number not in set(LlamaFileType):
         return "unknown"

@@ -1,63 +1,28 @@
 """Reading GGUF: the one gate through which every GGUF of this project passes.
 
-A file is, in this order and little endian:
-
-    "GGUF"  u32 version  u64 tensors  u64 keys
-    keys × { string name, u32 type, value }          string = u64 bytes, UTF-8;  array = u32 type, u64 count, values
-    tensors × { string name, u32 dims, u64 × dims, u32 type, u64 offset }
-    padding to the alignment (`general.alignment`, 32 where absent), then the tensors' bytes, each padded alike
-
-Every count is compared with the bytes that are left, in Python's unbounded integers, before anything is
-allocated or viewed; tensor offsets must be exactly the running padded sum. So a view that `data` returns
-lies inside the file as it was when opened. A file that another program shrinks while it is mapped ends
-this process with SIGBUS, as it would any program that maps it: writers here never touch a finished file,
-they rename a new one over it, which leaves a mapping whole.
+`gguf_header` checks all of a file's header, `gguf_shards` that the files of a split one belong together. So a view
+that `data` returns lies inside the file as it was when opened. A file that another program shrinks while it is
+mapped ends this process with SIGBUS, as it would any program that maps it: writers here never touch a finished
+file, they rename a new one over it, which leaves a mapping whole. Whoever reads a whole file once takes `read`,
+which goes past the map and then raises instead, and `check_unchanged` at the end.
 """
 
-import mmap
-import os
-import stat
-import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import arch
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
-
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
-MAX_ALIGNMENT = 2**16
-MAX_HEADER = 100 * 2**20  # bytes of keys and tensor descriptions; a vocabulary of 256,000 takes 6 MiB
-MAX_ARRAY = 2**24  # elements, as many as the largest vocabulary we accept
-MAX_KEY = 2**16 - 1  # bytes
-MAX_NAME = 63  # bytes of a tensor's name: ggml's GGML_MAX_NAME less its zero
-MAX_DIMS = 4
-_INT64_MAX = 2**63 - 1
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-_SCALARS: dict[GGUFValueType, struct.Struct] = {
-    GGUFValueType.UINT8: struct.Struct("<B"),
-    GGUFValueType.INT8: struct.Struct("<b"),
-    GGUFValueType.UINT16: struct.Struct("<H"),
-    GGUFValueType.INT16: struct.Struct("<h"),
-    GGUFValueType.UINT32: struct.Struct("<I"),
-    GGUFValueType.INT32: struct.Struct("<i"),
-    GGUFValueType.FLOAT32: struct.Struct("<f"),
-    GGUFValueType.BOOL: struct.Struct("<B"),
-    GGUFValueType.UINT64: struct.Struct("<Q"),
-    GGUFValueType.INT64: struct.Struct("<q"),
-    GGUFValueType.FLOAT64: struct.Struct("<d"),
-}
-_U32, _U64 = _SCALARS[GGUFValueType.UINT32], _SCALARS[GGUFValueType.UINT64]
+from griffin_gguf.runtime.gguf_header import TensorInfo, ValueType
+from griffin_gguf.runtime.gguf_shards import SPLIT_KEYS, Shard, open_shards
 
 _T = GGMLQuantizationType
 
@@ -65,59 +30,52 @@ _T = GGMLQuantizationType
 MATRIX_TYPES = frozenset({
     _T.F32, _T.F16, _T.BF16, _T.Q4_0, _T.Q4_1, _T.Q5_0, _T.Q5_1, _T.Q8_0, _T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K,
     _T.Q6_K, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S, _T.IQ1_S, _T.IQ1_M, _T.IQ4_NL, _T.IQ4_XS,
+    _T.MXFP4,
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `shape` in NumPy's order, `offset` in bytes from the start of the file."""
-
-    name: str
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-def is_lfs_pointer(head: bytes) -> bool:
-    """Whether a file that starts with `head` is the text that Git LFS leaves in place of a file."""
-    return head.startswith(_LFS_POINTER)
-
-
 class GgufFile:
-    """An open GGUF: its keys as plain Python values, its tensors as views over the mapped file.
+    """An open GGUF, of one file or several: its keys as plain Python values, its tensors as views over mapped files.
 
-    `metadata` holds int, float, bool, str and lists of them; `types` each key's value type and, of an
-    array, its element type; `tensors` are in file order. A context manager.
+    `path` is the first file, `paths` all of them, `size` the sum of their bytes. `metadata` holds int, float, bool,
+    str and lists of them, without the keys that only say how files belong together; `types` each key's value type
+    and, of an array, its element type. `tensors` are in file order, all offsets multiples of `alignment`;
+    `data_offset` is where those of the first file begin. A context manager.
     """
 
+    shards: list[Shard]
     path: Path
+    paths: tuple[Path, ...]
     size: int
     alignment: int
     data_offset: int
     metadata: dict[str, Any]
-    types: dict[str, tuple[GGUFValueType, GGUFValueType | None]]
+    types: dict[str, ValueType]
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self.path, self.size = path, len(mapped)
-        self._map: mmap.mmap | None = mapped
-        cursor = _Cursor(path, mapped)
-        tensors, keys = _read_counts(cursor)
-        self.metadata, self.types = _read_keys(cursor, keys)
-        self.alignment = _alignment(path, self.metadata, self.types)
-        found = _read_tensors(cursor, tensors)
-        self.data_offset = _padded(cursor.at, self.alignment)
-        self.tensors = _place_tensors(path, found, self.data_offset, self.alignment, self.size)
+    def __init__(self, shards: list[Shard]) -> None:
+        self.shards = shards
+        first = shards[0].header
+        self.path, self.paths = shards[0].path, tuple(shard.path for shard in shards)
+        self.size = sum(shard.size for shard in shards)
+        self.alignment = min(shard.header.alignment for shard in shards)  # all are powers of 2
+        self.data_offset = first.data_offset
+        self.metadata = {name: value for name, value in first.metadata.items() if name not in SPLIT_KEYS}
+        self.types = {name: kind for name, kind in first.types.items() if name not in SPLIT_KEYS}
+        self.tensors = {
+            info.name: replace(info, part=part)
+            for part, shard in enumerate(shards)
+            for info in shard.header.tensors.values()
+        }
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Map the GGUF at `path`, of any architecture, and check all of its header.
+        """Open the GGUF at `path`, of any architecture, and check all of its header.
 
-        Raises `FileFormatError` naming the field at fault, also where the file cannot be read.
+        Where `path` is the first of several files, NAME-00001-of-0000N.gguf, all of them are opened as one.
+        Raises `FileFormatError` naming the field at fault, also where a file cannot be read or is missing.
         """
-        path = Path(path)
-        return cls(path, _map(path))
+        return cls(open_shards(Path(path)))
 
     def __enter__(self) -> Self:
         return self
@@ -126,19 +84,33 @@ class GgufFile:
         self.close()
 
     def close(self) -> None:
-        """Give up the mapping; it goes when the last view of `data` is gone."""
-        self._map = None
+        """Give up the files; a mapping goes when the last view of `data` is gone."""
+        for shard in self.shards:
+            shard.close()
 
-    def mapping(self) -> NDArray[np.uint8]:
-        """View the whole mapped file, uint8 [size]: read-only, starting on a page."""
-        assert self._map is not None, "closed"
-        return np.frombuffer(self._map, np.uint8)
+    def mappings(self) -> list[NDArray[np.uint8]]:
+        """View each whole file as mapped, uint8 [its size]: read-only, starting on a page. In order of `part`."""
+        return [shard.mapping() for shard in self.shards]
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """View the bytes of a tensor, uint8 [nbytes]: read-only, over the mapped file, never a copy."""
-        assert self._map is not None, "closed"
         info = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        return self.shards[info.part].mapping()[info.offset : info.offset + info.nbytes]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Read the bytes [start, stop) of a tensor, by default all, as uint8 [stop - start]: read-only, never mapped.
+
+        Threads may read at once. Raises `FileFormatError` where the file has become shorter or cannot be read.
+        """
+        info = self.tensors[name]
+        stop = info.nbytes if stop is None else stop
+        assert 0 <= start <= stop <= info.nbytes, (name, start, stop)
+        return self.shards[info.part].read(info.offset + start, info.offset + stop, name)
+
+    def check_unchanged(self) -> None:
+        """Raise `FileFormatError` where a file's size or time of modification is not what it was at opening."""
+        for shard in self.shards:
+            shard.check_unchanged()
 
     def hyperparameters(self) -> arch.Hyperparameters:
         """Return the model's numbers, once every tensor it needs is known to be here with its shape, and no other.
@@ -149,35 +121,64 @@ class GgufFile:
 
     @cached_property
     def _hyperparameters(self) -> arch.Hyperparameters:
+        hp = self.declared()
+        for error in self.misfits(hp):
+            raise error
+        for tensor in hp.tensors():
+            self._check_values(tensor)
+        return hp
+
+    def declared(self) -> arch.Hyperparameters:
+        """Return the model's numbers as the keys give them; of the tensors, only names are looked at.
+
+        Raises as `hyperparameters` does.
+        """
         hp = arch.from_metadata(self.path, self.metadata, self.tensors)
         if hp.layers * 8 > len(self.tensors):  # a layer has more than 8: spares walking a hostile layer count
             raise FileFormatError(
                 self.path, arch.key("block_count"), f"{hp.layers} layers cannot be in {len(self.tensors)} tensors"
             )
-        expected = {tensor.name: tensor for tensor in hp.tensors()}
-        for tensor in expected.values():
-            self._check(tensor)
-        for name in self.tensors:
-            if name not in expected:
-                raise FileFormatError(self.path, name, "is no tensor of this model")
         return hp
 
-    def _check(self, tensor: arch.Tensor) -> None:
-        """Raise unless `tensor` is here, in its shape, in a type that the backends read."""
-        info = self.tensors.get(tensor.name)
-        if info is None:
-            raise FileFormatError(self.path, tensor.name, "the tensor is missing")
-        if info.shape != tensor.shape:
-            raise FileFormatError(self.path, tensor.name, f"expected shape {tensor.shape}, found {info.shape}")
-        plain = tensor.role in (arch.Role.VECTOR, arch.Role.CONV)
-        if plain and info.type is not _T.F32:
-            raise FileFormatError(self.path, tensor.name, f"expected type F32, found {info.type.name}")
-        if info.type not in MATRIX_TYPES:
-            raise FileFormatError(self.path, tensor.name, f"type {info.type.name} cannot be multiplied with")
-        if plain and not np.isfinite(self.data(tensor.name).view(np.float32)).all():
-            raise FileFormatError(self.path, tensor.name, "holds NaN or infinity")
-        if tensor.spec.transform is arch.Transform.DECAY and (self.data(tensor.name).view(np.float32) > 0).any():
-            raise FileFormatError(self.path, tensor.name, "expected no number above 0: -8·softplus(Λ) has none")
+    def misfits(self, hp: arch.Hyperparameters) -> Iterator[FileFormatError]:
+        """Yield, as errors, every tensor of the model that is missing or has another shape or type, and every other."""
+        expected = {tensor.name: tensor for tensor in hp.tensors()}
+        for tensor in expected.values():
+            info = self.tensors.get(tensor.name)
+            if info is None:
+                yield FileFormatError(self.path, tensor.name, "the tensor is missing")
+            elif problem := _misfit(tensor, info):
+                yield FileFormatError(self.paths[info.part], tensor.name, problem)
+        for info in self.tensors.values():
+            if info.name not in expected:
+                yield FileFormatError(self.paths[info.part], info.name, "is no tensor of this model")
+
+    def _check_values(self, tensor: arch.Tensor) -> None:
+        """Raise where a vector holds what no model has."""
+        if not _is_plain(tensor):
+            return
+        path = self.paths[self.tensors[tensor.name].part]
+        values = self.read(tensor.name).view(np.float32)
+        if not np.isfinite(values).all():
+            raise FileFormatError(path, tensor.name, "holds NaN or infinity")
+        if tensor.spec.transform is arch.Transform.DECAY and (values > 0).any():
+            raise FileFormatError(path, tensor.name, "expected no number above 0: -8·softplus(Λ) has none")
+
+
+def _is_plain(tensor: arch.Tensor) -> bool:
+    """Whether the tensor is F32 in every file."""
+    return tensor.role in (arch.Role.VECTOR, arch.Role.CONV)
+
+
+def _misfit(tensor: arch.Tensor, info: TensorInfo) -> str | None:
+    """What keeps `info` from being `tensor`, in a type that the backends read."""
+    if info.shape != tensor.shape:
+        return f"expected shape {tensor.shape}, found {info.shape}"
+    if _is_plain(tensor) and info.type is not _T.F32:
+        return f"expected type F32, found {info.type.name}"
+    if info.type not in MATRIX_TYPES:
+        return f"type {info.type.name} cannot be multiplied with"
+    return None
 
 
 def dequantize(info: TensorInfo, data: NDArray[np.uint8], start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -190,233 +191,9 @@ def dequantize(info: TensorInfo, data: NDArray[np.uint8], start: int = 0, stop: 
     rows = data.reshape(-1, row_bytes)[start:stop]
     if info.type not in MATRIX_TYPES:
         raise UnsupportedError(f"{info.name}: no way to read type {info.type.name}")
-    return gguf_dequantize(rows, info.type)
+    return widened(rows) if info.type is _T.BF16 else gguf_dequantize(rows, info.type)
 
 
-class _Cursor:
-    """A place in the mapped header that never passes its end."""
-
-    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
-        self.path, self.buffer, self.at = path, buffer, 0
-        self.end = min(len(buffer), MAX_HEADER)
-
-    def take(self, count: int, field: str) -> int:
-        """Where the next `count` bytes start; the cursor moves past them."""
-        if count > self.end - self.at:
-            raise self.too_long(field, f"needs {count} bytes at byte {self.at}, the file has {self.end - self.at} left")
-        start, self.at = self.at, self.at + count
-        return start
-
-    def too_long(self, field: str, problem: str) -> FileFormatError:
-        if self.end < len(self.buffer):
-            problem = f"the header is longer than {MAX_HEADER} bytes"
-        return FileFormatError(self.path, field, problem)
-
-    def u32(self, field: str) -> int:
-        return _U32.unpack_from(self.buffer, self.take(4, field))[0]
-
-    def u64(self, field: str) -> int:
-        return _U64.unpack_from(self.buffer, self.take(8, field))[0]
-
-    def count(self, field: str, item_bytes: int, limit: int) -> int:
-        """Read how many items of at least `item_bytes` follow: at most `limit` and what the bytes left can hold."""
-        n = self.u64(field)
-        room = (self.end - self.at) // item_bytes
-        if n > limit:
-            raise FileFormatError(self.path, field, f"says {n} items, at most {limit} are read")
-        if n > room:
-            raise self.too_long(field, f"says {n} items, at most {room} can follow")
-        return n
-
-    def string(self, field: str, limit: int = MAX_HEADER) -> str:
-        n = self.count(field, 1, limit)
-        start = self.take(n, field)
-        return self.decode(self.buffer[start : start + n], field)
-
-    def name(self, field: str, limit: int) -> str:
-        name = self.string(field, limit)
-        if not name or not name.isprintable():
-            raise FileFormatError(self.path, field, f"expected printable text, found {name!r}")
-        return name
-
-    def decode(self, raw: bytes, field: str) -> str:
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise FileFormatError(self.path, field, f"is not UTF-8: {error.reason} at its byte {error.start}") from None
-
-
-def _map(path: Path) -> mmap.mmap:
-    """Map the whole file, read-only."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
-            raise FileFormatError(path, "file", "is not a regular file")
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FileFormatError(path, "file", "is empty")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise FileFormatError(path, "file", f"cannot be read: {reason}") from error
-
-
-def _read_counts(cursor: _Cursor) -> tuple[int, int]:
-    """Check magic and version; the numbers of tensors and keys."""
-    path, head = cursor.path, cursor.buffer[:64]
-    if is_lfs_pointer(head):
-        raise FileFormatError(path, "magic", "this is a Git LFS pointer, not the file itself; fetch it with git lfs")
-    if not head.startswith(MAGIC):
-        raise FileFormatError(path, "magic", f"expected {MAGIC!r}, found {head[:4]!r}: this is no GGUF file")
-    cursor.take(4, "magic")
-    version = cursor.u32("version")
-    if version & 0xFFFF == 0 and version:
-        raise FileFormatError(path, "version", "this GGUF is big endian; only little endian is read")
-    if version not in VERSIONS:
-        raise FileFormatError(path, "version", f"expected {' or '.join(map(str, VERSIONS))}, found {version}")
-    tensors = cursor.count("tensor count", 33, _INT64_MAX)  # a name, one dimension, type and offset
-    return tensors, cursor.count("key count", 14, _INT64_MAX)
-
-
-def _read_keys(
-    cursor: _Cursor, count: int
-) -> tuple[dict[str, Any], dict[str, tuple[GGUFValueType, GGUFValueType | None]]]:
-    """All keys: their values, their types."""
-    metadata: dict[str, Any] = {}
-    types: dict[str, tuple[GGUFValueType, GGUFValueType | None]] = {}
-    for i in range(count):
-        name = cursor.name(f"name of key {i}", MAX_KEY)
-        if name in metadata:
-            raise FileFormatError(cursor.path, name, "this key is there twice")
-        kind = _value_type(cursor, name)
-        if kind is GGUFValueType.ARRAY:
-            element = _value_type(cursor, name)
-            metadata[name], types[name] = _read_array(cursor, name, element), (kind, element)
-        else:
-            metadata[name], types[name] = _read_scalar(cursor, name, kind), (kind, None)
-    return metadata, types
-
-
-def _value_type(cursor: _Cursor, name: str) -> GGUFValueType:
-    raw = cursor.u32(name)
-    if raw > max(GGUFValueType):
-        raise FileFormatError(cursor.path, name, f"unknown value type {raw}")
-    return GGUFValueType(raw)
-
-
-def _read_scalar(cursor: _Cursor, name: str, kind: GGUFValueType) -> Any:
-    if kind is GGUFValueType.STRING:
-        return cursor.string(name)
-    layout = _SCALARS[kind]
-    (value,) = layout.unpack_from(cursor.buffer, cursor.take(layout.size, name))
-    if kind is not GGUFValueType.BOOL:
-        return value
-    if value > 1:
-        raise FileFormatError(cursor.path, name, f"expected a bool of 0 or 1, found {value}")
-    return bool(value)
-
-
-def _read_array(cursor: _Cursor, name: str, element: GGUFValueType) -> list[Any]:
-    if element is GGUFValueType.ARRAY:
-        raise FileFormatError(cursor.path, name, "arrays of arrays are not read")
-    if element is GGUFValueType.STRING:
-        return _read_strings(cursor, name, cursor.count(name, 8, MAX_ARRAY))
-    layout = _SCALARS[element]
-    n = cursor.count(name, layout.size, MAX_ARRAY)
-    start = cursor.take(n * layout.size, name)
-    values = np.frombuffer(cursor.buffer, layout.format, n, start)
-    if element is not GGUFValueType.BOOL:
-        return values.tolist()
-    if (values > 1).any():
-        raise FileFormatError(cursor.path, name, "expected bools of 0 or 1")
-    return values.astype(bool).tolist()
-
-
-def _read_strings(cursor: _Cursor, name: str, count: int) -> list[str]:
-    """`count` strings; a vocabulary has 256,000, so this loop is kept bare."""
-    buffer, at, end, unpack = cursor.buffer, cursor.at, cursor.end, _U64.unpack_from
-    found: list[str] = []
-    for i in range(count):
-        stop = at + 8 + unpack(buffer, at)[0] if end - at >= 8 else end + 1
-        if stop > end:
-            cursor.at = at
-            cursor.string(f"{name}[{i}]")  # says what is wrong with it
-        try:
-            found.append(buffer[at + 8 : stop].decode())
-        except UnicodeDecodeError:
-            cursor.decode(buffer[at + 8 : stop], f"{name}[{i}]")
-        at = stop
-    cursor.at = at
-    return found
-
-
-def _alignment(
-    path: Path, metadata: dict[str, Any], types: dict[str, tuple[GGUFValueType, GGUFValueType | None]]
-) -> int:
-    """Return the file's alignment: a multiple of 8 by GGUF's specification, a power of two by ggml's."""
-    name = "general.alignment"
-    value = metadata.get(name, DEFAULT_ALIGNMENT)
-    if name in types and types[name][0] is not GGUFValueType.UINT32:
-        raise FileFormatError(path, name, f"expected UINT32, found {types[name][0].name}")
-    if not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        raise FileFormatError(path, name, f"expected a power of 2 from 8 to {MAX_ALIGNMENT}, found {value}")
-    return value
-
-
-def _read_tensors(cursor: _Cursor, count: int) -> list[TensorInfo]:
-    """All tensor descriptions, each sound in itself; offsets still as the file has them."""
-    infos: dict[str, TensorInfo] = {}
-    for i in range(count):
-        name = cursor.name(f"name of tensor {i}", MAX_NAME)
-        if name in infos:
-            raise FileFormatError(cursor.path, name, "this tensor is there twice")
-        n_dims = cursor.u32(name)
-        if not 1 <= n_dims <= MAX_DIMS:
-            raise FileFormatError(cursor.path, name, f"expected 1 to {MAX_DIMS} dimensions, found {n_dims}")
-        ne = [cursor.u64(name) for _ in range(n_dims)]
-        kind = _tensor_type(cursor.path, name, cursor.u32(name))
-        nbytes = _tensor_bytes(cursor.path, name, ne, kind)
-        infos[name] = TensorInfo(name, kind, tuple(reversed(ne)), cursor.u64(name), nbytes)
-    return list(infos.values())
-
-
-def _tensor_type(path: Path, name: str, raw: int) -> GGMLQuantizationType:
-    try:
-        return GGMLQuantizationType(raw)
-    except ValueError:
-        raise FileFormatError(path, name, f"unknown tensor type {raw}") from None
-
-
-def _tensor_bytes(path: Path, name: str, ne: list[int], kind: GGMLQuantizationType) -> int:
-    """Bytes of a tensor with GGUF's dimensions `ne`, fastest first."""
-    elements = 1
-    for n in ne:
-        if n == 0:
-            raise FileFormatError(path, name, f"dimensions {ne} hold a zero")
-        elements *= n
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if ne[0] % block:
-        raise FileFormatError(path, name, f"rows of {ne[0]} are no multiple of {kind.name}'s block of {block}")
-    nbytes = elements // block * block_bytes
-    if max(elements, nbytes) > _INT64_MAX:
-        raise FileFormatError(path, name, f"dimensions {ne} overflow 64 bits")
-    return nbytes
-
-
-def _place_tensors(path: Path, infos: list[TensorInfo], base: int, alignment: int, size: int) -> dict[str, TensorInfo]:
-    """Absolute offsets, once they are known to be the running padded sum and to end within the file."""
-    placed: dict[str, TensorInfo] = {}
-    running = 0
-    for info in infos:
-        if info.offset != running:
-            fault = "overlaps the tensor before it" if info.offset < running else "leaves a gap"
-            raise FileFormatError(path, info.name, f"expected offset {running}, found {info.offset}: it {fault}")
-        end = base + running + info.nbytes
-        if end > size:
-            raise FileFormatError(path, info.name, f"ends at byte {end}, the file has {size}: it is cut short")
-        placed[info.name] = TensorInfo(info.name, info.type, info.shape, base + running, info.nbytes)
-        running += _padded(info.nbytes, alignment)
-    return placed
-
-
-def _padded(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
+def widened(bf16: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """bf16 bytes [..., 2n] as float32 [..., n], of which they are the upper halves; 25 times as fast as gguf's way."""
+    return np.left_shift(bf16.view("<u2"), 16, dtype=np.uint32).view(np.float32)

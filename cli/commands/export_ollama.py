@@ -64,12 +64,16 @@ def export_ollama(
     """
     from griffin_gguf.cli.modelfile import go_template, modelfile
     from griffin_gguf.runtime.chat import ChatTemplate
-    from griffin_gguf.runtime.errors import GriffinError
+    from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
     from griffin_gguf.runtime.gguf_file import GgufFile
     from griffin_gguf.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n)
     with GgufFile.open(path) as file:
+        if (parts := len(file.paths)) > 1:
+            raise UnsupportedError(
+                f"{path}: is the first of {parts} files, and Ollama takes one; griffin quantize makes it one"
+            )
         context = file.hyperparameters().context
         own = ChatTemplate.from_gguf(path, file.metadata)
         text, stops = (read_text(template), ()) if template else go_template(own)

@@ -50,6 +50,8 @@ def _show_summary(found: dict[str, Any]) -> None:
         "model": f"{found['name'] or 'unnamed'}, {found['architecture']}",
         "weights": f"{found['parameters']:,} in {found['type']}, {found['bits_per_weight']:.2f} bits each",
     }
+    if (parts := len(found["files"])) > 1:
+        lines["parts"] = f"{parts} files, of which this is the first"
     if memory := found["memory"]:
         lines["memory"] = f"{size(memory['weights'])} of weights + {size(memory['state'])} of state, at any length"
     rows = table("", "")

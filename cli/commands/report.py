@@ -11,7 +11,7 @@ import typer
 
 from griffin_gguf.cli.commands.convert import new_folder, plan_targets, run
 from griffin_gguf.cli.console import clean, note, out, table
-from griffin_gguf.cli.options import TYPES, Backend, Json, Threads, add_command, parse_backend, parse_types
+from griffin_gguf.cli.options import TYPES_HELP, Backend, Json, Threads, add_command, parse_backend, parse_types
 from griffin_gguf.cli.progress import progress
 from griffin_gguf.cli.text import read_text, write_text
 
@@ -40,9 +40,7 @@ def report(
     ],
     types: Annotated[
         list[str],
-        typer.Option(
-            "--type", metavar="TYPE", help=f"What to convert checkpoints to, of {', '.join(TYPES)}. Repeatable."
-        ),
+        typer.Option("--type", metavar="TYPE", help=f"What to convert checkpoints to: {TYPES_HELP}. Repeatable."),
     ] = ["BF16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q2_K"],  # noqa: B006  typer copies it
     text: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ from griffin_gguf.runtime import state as states
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
-from griffin_gguf.runtime.ggml.device import Allocator, Device
+from griffin_gguf.runtime.ggml.device import Allocator, Buffer, Device
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.selftest import selftest
 from griffin_gguf.runtime.gguf_file import GgufFile
@@ -91,25 +91,36 @@ class Weights:
 
     def __init__(self, file: GgufFile, device: Device) -> None:
         self._context = Context(len(file.tensors))
-        self._mapping = file.mapping()  # keeps the pages alive for as long as the tensors
+        self._mappings = file.mappings()  # keep the pages alive for as long as the tensors
         self.tensors = {name: self._context.new(t.shape, int(t.type)) for name, t in file.tensors.items()}
-        largest = max(t.nbytes for t in file.tensors.values())
-        buffer = device.map(self._mapping, largest)
-        if buffer is not None and file.alignment % device.alignment(buffer) == 0:
-            for name, tensor in self.tensors.items():
-                device.place(buffer, tensor, file.data(name))
-        else:
-            buffer = device.allocate(self._context, "the weights")
+        self._buffers = self._map(file, device)
+        if not self._buffers:
+            self._buffers = {0: device.allocate(self._context, "the weights")}
             for name, tensor in self.tensors.items():
                 device.write(tensor, file.data(name))
-        self._buffer = buffer
+
+    def _map(self, file: GgufFile, device: Device) -> dict[int, Buffer]:
+        """Place every tensor where it lies, in a buffer over its file; no buffers where the device cannot."""
+        largest: dict[int, int] = {}
+        for info in file.tensors.values():
+            largest[info.part] = max(info.nbytes, largest.get(info.part, 0))
+        buffers: dict[int, Buffer] = {}
+        for part, nbytes in largest.items():
+            buffer = device.map(self._mappings[part], nbytes)
+            if buffer is None or file.alignment % device.alignment(buffer):
+                return {}
+            buffers[part] = buffer
+        for name, tensor in self.tensors.items():
+            device.place(buffers[file.tensors[name].part], tensor, file.data(name))
+        return buffers
 
     def close(self) -> None:
-        """Give the buffer and the mapping back."""
+        """Give the buffers and the mappings back."""
         self.tensors = {}
-        self._buffer.close()
+        for buffer in self._buffers.values():
+            buffer.close()
         self._context.close()
-        self._mapping = np.empty(0, np.uint8)
+        self._mappings = []
 
 
 class GgmlState:
@@ -128,6 +139,11 @@ class GgmlState:
     def _kv(self, shape: tuple[int, ...]) -> Tensor:
         return self._context.new(shape, int(self._kv_type))
 
+    def reset(self) -> None:
+        """Forget everything: position 0."""
+        self._buffer.clear()
+        self.position = 0
+
     def copy(self) -> "GgmlState":
         """An independent state that continues from the same point."""
         other = GgmlState(self.owner, self._kv_type)
@@ -143,11 +159,19 @@ class GgmlState:
 
 
 class Graph:
-    """The forward pass of `count` tokens on one state."""
+    """The forward pass of `count` tokens on one state; `ops` are its operations, which may do more than compute."""
 
-    def __init__(self, backend: GgmlBackend, state: GgmlState, count: int, rows: Rows, allocator: Allocator) -> None:
-        hp = backend.hp
-        size = 64 + hp.layers * (64 + 8 * scan_nodes(count))
+    def __init__(
+        self,
+        backend: GgmlBackend,
+        state: GgmlState,
+        count: int,
+        rows: Rows,
+        allocator: Allocator,
+        ops: "type[GgmlOps] | None" = None,
+    ) -> None:
+        hp, kind = backend.hp, ops or GgmlOps
+        size = kind.tensors(hp, count)
         self._context = context = Context(size, nodes=size)
         self._allocator = allocator  # owns the addresses of this graph's tensors
         self._inputs = Inputs(
@@ -158,8 +182,8 @@ class Graph:
             slots=context.input((count,), abi.I64),
             mask=context.input((count, states.ring_rows(hp)), abi.F16),
         )
-        ops = GgmlOps(context, backend.weights.tensors, hp)
-        logits = forward(ops, hp, state.layers, self._inputs, rows)
+        self.ops = kind(context, backend.weights.tensors, hp)
+        logits = forward(self.ops, hp, state.layers, self._inputs, rows)
         self._logits = context.output(logits) if logits is not None else None
         lacking = backend.device.unsupported(context)
         if lacking:
@@ -183,6 +207,11 @@ class GgmlOps:
 
     def __init__(self, context: Context, weights: dict[str, Tensor], hp: Hyperparameters) -> None:
         self._graph, self._weights, self._hp = context, weights, hp
+
+    @staticmethod
+    def tensors(hp: Hyperparameters, count: int) -> int:
+        """At most so many tensors, views among them, are in a graph of `count` tokens."""
+        return 64 + hp.layers * (64 + 8 * scan_nodes(count))
 
     def _biased(self, name: str, y: Tensor) -> Tensor:
         bias = self._weights.get(f"{name}.bias")

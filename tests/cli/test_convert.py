@@ -1,10 +1,13 @@
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from checkpoints import write_safetensors
 from command import done, griffin, refused
 
-from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.gguf_file import GgufFile, dequantize
 
 
 def test_several_types_are_written_under_their_names(models: Path) -> None:
@@ -63,3 +66,41 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 def test_a_target_folder_that_is_missing_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "a") in refused("convert", checkpoint, "-o", tmp_path / "a" / "b" / "m.gguf")
+
+
+def lora(folder: Path, checkpoint: Path, seed: int) -> np.ndarray:
+    """An adapter of rank 2 for one layer; what it adds to that layer's weight."""
+    sizes = json.loads((checkpoint / "config.json").read_text())
+    random = np.random.default_rng(seed)
+    a = random.standard_normal((2, sizes["hidden_size"]), np.float32)
+    b = random.standard_normal((sizes["intermediate_size"] // 2, 2), np.float32)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+    up = "base_model.model.model.layers.1.mlp_block.up_proj"
+    weights = {f"{up}.lora_A.weight": a, f"{up}.lora_B.weight": b}
+    write_safetensors(folder / "adapter_model.safetensors", weights, "f32")
+    return 1.5 * b @ a
+
+
+def test_adapters_are_merged(checkpoint: Path, tmp_path: Path) -> None:
+    expected = sum(lora(tmp_path / name, checkpoint, seed) for seed, name in enumerate(("one", "two")))
+    done("convert", checkpoint, "-o", tmp_path / "base.gguf", "--type", "F32")
+    adapters = ("--lora", tmp_path / "one", "--lora", tmp_path / "two")
+    done("convert", checkpoint, *adapters, "-o", tmp_path / "m.gguf", "--type", "F32")
+    with GgufFile.open(tmp_path / "base.gguf") as base, GgufFile.open(tmp_path / "m.gguf") as file:
+        assert file.metadata["griffin.lora"] == ["one", "two"]
+        assert file.metadata["general.name"] == base.metadata["general.name"]
+        for name, info in file.tensors.items():
+            found = dequantize(info, file.data(name)) - dequantize(info, base.data(name))
+            if name == "blk.1.ffn_up.weight":
+                np.testing.assert_allclose(found.reshape(info.shape), expected, atol=1e-5)
+            else:
+                assert not found.any(), name
+
+
+def test_a_path_that_is_no_adapter_is_one_line_before_anything_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
+    line = refused("convert", "no-such-org/no-such-model", "--lora", tmp_path / "nowhere", "-o", tmp_path / "new")
+    assert line.startswith(f"{tmp_path / 'nowhere'}: adapter: expected a folder")
+    line = refused("convert", checkpoint, "--lora", checkpoint, "-o", tmp_path / "new")
+    assert line == f"{checkpoint / 'adapter_config.json'}: file: is missing"
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ from command import done, refused
 from gguf import GGUFWriter
 from numpy import float32, zeros
 from rewriting import rewritten
+from splitting import split
 
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.gguf_file import GgufFile
@@ -68,3 +69,12 @@ def test_hostile_text_is_shown_as_text(model: Path, tmp_path: Path) -> None:
 def test_a_file_at_odds_with_itself_is_one_line(model: Path, tmp_path: Path) -> None:
     path = rewritten(model, tmp_path / "m.gguf", recurrentgemma__block_count=7)
     assert "recurrentgemma." in refused("inspect", path)
+
+
+def test_inspect_adds_the_parts_up(model: Path, tmp_path: Path) -> None:
+    first = split(model, tmp_path, split_max_tensors=60)
+    found, whole = json.loads(done("inspect", first, "--json")), json.loads(done("inspect", model, "--json"))
+    assert found["size"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert {**found, "path": 0, "files": 0, "size": 0} == {**whole, "path": 0, "files": 0, "size": 0}
+    assert "3 files, of which this is the first" in done("inspect", first)
+    assert "of which this is the first" not in done("inspect", model)

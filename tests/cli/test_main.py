@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from griffin_gguf.cli import __version__
 from griffin_gguf.cli.main import Griffin, app
 
-COMMANDS = ("convert", "quantize", "inspect", "generate", "chat", "report", "export-ollama", "demo")
+COMMANDS = (
+    "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "report", "export-ollama", "demo"
+)  # fmt: skip
 
 
 def test_help_lists_every_command() -> None:
@@ -132,11 +134,11 @@ def test_a_terminated_conversion_leaves_nothing_behind(checkpoint: Path, tmp_pat
 import os, signal, sys
 from griffin_gguf.cli import main
 from griffin_gguf.quant import writer
-real = writer._write_chunk
-def write_then_end(*arguments):
-    real(*arguments)
+real = writer._Sink.write
+def write_then_end(*arguments, **options):
+    real(*arguments, **options)
     os.kill(os.getpid(), signal.SIGTERM)
-writer._write_chunk = write_then_end
+writer._Sink.write = write_then_end
 sys.argv = ["griffin", "convert", {str(checkpoint)!r}, "-o", {str(tmp_path / "m.gguf")!r}]
 main.main()
 """

@@ -2,21 +2,31 @@ from dataclasses import asdict
 from inspect import signature
 
 import pytest
+import typer
 
 from griffin_gguf.cli import options
 from griffin_gguf.cli.commands.chat import chat
 from griffin_gguf.cli.commands.export_ollama import export_ollama
 from griffin_gguf.cli.commands.generate import generate
-from griffin_gguf.quant.recipes import FILE_TYPES
 from griffin_gguf.runtime.sampling import Sampling
-
-
-def test_help_names_the_types_there_are() -> None:
-    assert tuple(FILE_TYPES) == options.TYPES
 
 
 def test_types_are_canonical_and_each_there_once() -> None:
     assert options.parse_types(["q4_k_m", "BF16", "Q4_K_M"]) == ["Q4_K_M", "BF16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4.5GB", 4_500_000_000), ("2GiB", 2 << 30), ("500M", 500_000_000), ("1k", 1000), ("77", 77), (" 1 b", 1)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert options.parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1T", "1.5.2M", "0", "1e9", "big"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"is no size; expected one such as 4\.5GB"):
+        options.parse_size(text)
 
 
 @pytest.mark.parametrize("command", [generate, chat, export_ollama])

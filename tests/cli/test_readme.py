@@ -1,17 +1,31 @@
 """README's examples, run as they stand: the demo model stands where the checkpoint's hub id points."""
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import done
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [line for line in README.splitlines() if line.startswith("griffin ")]
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def write_adapter(folder: Path) -> None:
+    """A LoRA adapter of one matrix of the demo model, as PEFT saves it."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix, rng = "base_model.model.model.layers.0.mlp_block.up_proj.lora_", np.random.default_rng(0)
+    factors = {"A": rng.standard_normal((2, 256)), "B": rng.standard_normal((512, 2))}
+    tensors = {f"{prefix}{name}.weight": (0.01 * values).astype(np.float32) for name, values in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def test_the_examples_run_one_after_the_other(
@@ -20,13 +34,17 @@ def test_the_examples_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "google/recurrentgemma-2b-it")
     Path("my-text.txt").write_text("Some words of my own, and a few more of them.", encoding="utf-8")
+    text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
+    Path("calibration.txt").write_text(text[:8000], encoding="utf-8")
+    write_adapter(Path("my-adapter"))
     assert len(EXAMPLES) >= 7
     for line in EXAMPLES:
         _, name, *arguments = shlex.split(line)
-        single = ("-t", "1") if name in ("chat", "generate", "report") else ()
+        single = ("-t", "1") if name in ("chat", "generate", "report", "imatrix", "quantize") else ()
         done(name, *arguments, *single, stdin="Hello.\n")
     assert {path.name for path in Path().iterdir()} == {
-        "google", "models", "my-text.txt", "ollama-model", "report", "small.gguf"
+        "best.gguf", "calibration.txt", "google", "imatrix.gguf", "mine.gguf", "models", "my-adapter", "my-text.txt",
+        "ollama-model", "report", "small.gguf",
     }  # fmt: skip
 
     (code,) = PYTHON

@@ -1,3 +1,4 @@
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -8,16 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from griffin_gguf.quant.encode import ENCODABLE, EncodingError, encode
-from griffin_gguf.quant.recipes import FALLBACKS, FILE_TYPES, row_bytes
+from griffin_gguf.quant import encode as encoding
+from griffin_gguf.quant.encode import ENCODABLE, NEEDS_IMPORTANCE, EncodingError
+from griffin_gguf.quant.file_types import FALLBACKS, FILE_TYPES
+from griffin_gguf.quant.recipes import row_bytes
 
 ALL = sorted(ENCODABLE)
 
 #: Root-mean-square error of N(0, 1) after a round trip: above what each type gives, well below the next coarser.
 ERRORS = {
     T.F32: 0.0, T.F16: 3e-4, T.BF16: 2e-3, T.Q8_0: 7e-3, T.Q6_K: 2e-2, T.Q5_K: 4e-2, T.Q5_1: 4.5e-2, T.Q5_0: 5e-2,
-    T.Q4_K: 8e-2, T.Q4_0: 0.1, T.Q3_K: 0.18, T.Q2_K: 0.32,
+    T.Q4_1: 9e-2, T.Q4_K: 8e-2, T.Q4_0: 0.1, T.IQ4_NL: 9e-2, T.IQ4_XS: 9e-2, T.MXFP4: 0.14, T.Q3_K: 0.18,
+    T.IQ3_S: 0.18, T.IQ3_XXS: 0.24, T.Q2_K: 0.32, T.IQ2_S: 0.3, T.IQ2_XS: 0.33, T.IQ2_XXS: 0.38, T.IQ1_M: 0.65,
+    T.IQ1_S: 0.65,
 }  # fmt: skip
+
+
+def encode(type: T, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Encode, every column as important as the next where the type wants to know."""
+    return encoding.encode(type, rows, np.ones(rows.shape[1], np.float32) if type in NEEDS_IMPORTANCE else None)
 
 
 def normal(n: int, columns: int, seed: int = 0) -> NDArray[np.float32]:
@@ -76,7 +86,9 @@ def test_what_is_not_finite_is_refused(type: T, value: float) -> None:
         encode(type, rows)
 
 
-@pytest.mark.parametrize("type", [type for type in ALL if type not in (T.F32, T.BF16)], ids=lambda type: type.name)
+@pytest.mark.parametrize(
+    "type", [type for type in ALL if type not in (T.F32, T.BF16, T.MXFP4)], ids=lambda type: type.name
+)
 def test_what_would_become_infinite_is_refused(type: T) -> None:
     rows = normal(1, 256)
     rows[0, 0] = -65504
@@ -106,4 +118,19 @@ def test_bf16_has_the_range_of_float32_but_for_its_last_step() -> None:
 )
 def test_our_own_mistakes_stop_before_ggml(type: T, rows: NDArray[np.float32]) -> None:
     with pytest.raises(AssertionError):
-        encode(type, rows)
+        encoding.encode(type, rows)
+
+
+def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
+    rows, importance = normal(64, 512), np.ones(512, np.float32)
+    importance[::2] = 1000
+    for type in sorted(ENCODABLE - {T.F32, T.F16, T.BF16, T.Q8_0, T.MXFP4, T.IQ1_S, T.IQ1_M}):
+        errors = (dequantize(encoding.encode(type, rows, importance), type) - rows) ** 2
+        assert errors[:, ::2].mean() < 0.9 * errors[:, 1::2].mean(), type.name
+
+
+@pytest.mark.parametrize("type", sorted(ENCODABLE), ids=lambda type: type.name)
+def test_an_importance_of_nothing_gives_numbers_or_an_error(type: T) -> None:
+    with suppress(EncodingError):
+        found = encoding.encode(type, normal(4, 512), np.zeros(512, np.float32))
+        assert np.isfinite(dequantize(found, type)).all()

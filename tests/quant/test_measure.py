@@ -10,9 +10,11 @@ import vocabularies
 from gguf import GGUFValueType
 
 from griffin_gguf.quant import measure as module
+from griffin_gguf.quant.encode import encoder
 from griffin_gguf.quant.evaluate import perplexity
+from griffin_gguf.quant.file_types import FILE_TYPES, Metadata, file_type
 from griffin_gguf.quant.measure import measure, type_name
-from griffin_gguf.quant.recipes import FILE_TYPES, Metadata, file_type, plan
+from griffin_gguf.quant.recipes import plan
 from griffin_gguf.quant.writer import Output, write
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.errors import BackendError, GriffinError
@@ -36,7 +38,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys: Metadata = {name: with_type(value) for name, value in tokenizer.items()}
     path = tmp_path_factory.mktemp("measure") / "tiny.gguf"
     keys |= griffins.metadata(hp) | recipe.metadata
-    write([Output(path, keys, plan(hp, recipe))], griffins.reader(griffins.weights(hp)))
+    write([Output(path, keys, plan(hp, recipe))], encoder(griffins.reader(griffins.weights(hp))))
     return path
 
 

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as T
 
 from griffin_gguf.convert.pipeline import convert
 from griffin_gguf.quant.evaluate import kl
+from griffin_gguf.quant.file_types import FileType, Rule, file_type
 from griffin_gguf.quant.quantizer import quantize
-from griffin_gguf.quant.recipes import FileType, Rule, file_type
 from griffin_gguf.runtime import Model, load
 from griffin_gguf.runtime.arch import Role
 

@@ -215,13 +215,13 @@ def test_hostile_files_are_refused_with_file_and_field(opened, name):
 
 
 def test_a_header_beyond_the_limit_is_named(opened, monkeypatch):
-    monkeypatch.setattr("griffin_gguf.runtime.gguf_file.MAX_HEADER", 100)
+    monkeypatch.setattr("griffin_gguf.runtime.gguf_header.MAX_HEADER", 100)
     with pytest.raises(FileFormatError, match="the header is longer than 100 bytes"):
         opened(build([key("k", STRING, string("x" * 60))], [tensor("t", [8])], ONE * 9))
 
 
 def test_an_array_beyond_the_limit_is_named(opened, monkeypatch):
-    monkeypatch.setattr("griffin_gguf.runtime.gguf_file.MAX_ARRAY", 3)
+    monkeypatch.setattr("griffin_gguf.runtime.gguf_header.MAX_ARRAY", 3)
     with pytest.raises(FileFormatError, match="k: says 4 items, at most 3"):
         opened(build([key("k", ARRAY, u32(0) + u64(4) + bytes(4))]))
 

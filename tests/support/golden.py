@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from griffin_gguf.convert.pipeline import convert
-from griffin_gguf.quant.recipes import FILE_TYPES
+from griffin_gguf.quant.file_types import FILE_TYPES
 from griffin_gguf.runtime import Model, load
 
 ROOT = Path(__file__).resolve().parents[2]

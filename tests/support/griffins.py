@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from griffin_gguf.quant.recipes import Metadata
+from griffin_gguf.quant.file_types import ALWAYS_F32, Metadata
 from griffin_gguf.runtime.arch import ARCHITECTURE, Hyperparameters, Tensor, to_metadata
 
 Weights = dict[str, NDArray[np.float32]]
@@ -55,3 +55,11 @@ def reader(found: Weights) -> Callable[[Tensor, int, int], NDArray[np.float32]]:
         return found[tensor.name].reshape(-1, tensor.shape[-1])[start:stop]
 
     return read
+
+
+def importance(hp: Hyperparameters, seed: int = 0) -> Weights:
+    """Random importance of every matrix, float32 [matrices, columns], by GGUF name."""
+    rng = np.random.default_rng(seed)
+    matrices = [t for t in hp.tensors() if t.role not in ALWAYS_F32]
+    shapes = {t.name: (t.shape[0] if len(t.shape) == 3 else 1, t.shape[-1]) for t in matrices}
+    return {name: rng.uniform(0.1, 2, shape).astype(np.float32) for name, shape in shapes.items()}
