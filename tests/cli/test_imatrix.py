@@ -35,7 +35,7 @@ def test_a_matrix_is_collected_and_told_how_far_it_is(model: Path, text: Path, t
     assert found == {
         "path": str(target),
         "written": True,
-        "datasets": [str(text)],
+        "datasets": [text.name],
         "chunk_count": 3,
         "chunk_size": 100,
         "entries": 63,

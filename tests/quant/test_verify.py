@@ -17,7 +17,7 @@ from splitting import finish, split
 
 from griffin_gguf.quant import verify as module
 from griffin_gguf.quant.verify import Verification, verify
-from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.gguf_header import TensorInfo
 
@@ -174,7 +174,10 @@ def test_truncation_anywhere(copy: Path) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    assert only(verify(tmp_path / "absent.gguf")) == "file: cannot be read: No such file or directory"
+    with pytest.raises(FileFormatError, match=r"absent\.gguf: file: cannot be read: No such file or directory"):
+        verify(tmp_path / "absent.gguf")
+    with pytest.raises(FileFormatError, match="is not a regular file"):
+        verify(tmp_path)
 
 
 def test_trailing_bytes_and_padding_are_warnings(tmp_path: Path) -> None:
