@@ -11,7 +11,7 @@ as imatrix.gguf and mix.json. Needs matplotlib.
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,10 @@ from griffin_gguf.quant.collect import Collector, Text
 from griffin_gguf.quant.evaluate import mean_and_error
 from griffin_gguf.quant.file_types import FILE_TYPES
 from griffin_gguf.quant.imatrix import ImportanceMatrix
+from griffin_gguf.quant.mix import smallest
 from griffin_gguf.quant.recipes import plan
 from griffin_gguf.quant.sensitivity import Costs, measure_costs
+from griffin_gguf.runtime.arch import Role
 
 #: Sizes at which the line of the automatic mixes is drawn beside those of the recipes, in bits per weight.
 GRID = (2.4, 2.6, 2.8, 3.0, 3.2, 3.4, 3.7, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.5)
@@ -82,6 +84,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the results go")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that divergences are measured on")
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--keep-gates", action="store_true", help="gates in Q8_0 in the mixes too, as recipes have them"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +97,15 @@ def main() -> None:
         imatrix = collector.run()
     with Bench(arguments.source, learned, imatrix, tokens=2048, threads=arguments.threads) as bench:
         costs = measure_costs(bench)
+        if arguments.keep_gates:
+            costs = with_gates_kept(costs, bench)
     with Bench(arguments.source, unseen, imatrix, tokens=arguments.tokens, threads=arguments.threads) as bench:
         rows = compare(bench, imatrix, costs)
-        line = sorted([(row.mix_bits, row.mix_kl) for row in rows] + [measured(bench, costs, bits) for bits in GRID])
+        least = 8 * smallest(costs.options) / bench.hp.parameters
+        line = sorted(
+            [(row.mix_bits, row.mix_kl) for row in rows]
+            + [measured(bench, costs, bits) for bits in GRID if bits > least]
+        )
         tokens = len(bench.text) - 1
     content = {"tokens": tokens, "rows": [asdict(row) for row in rows], "line": line}
     (folder / "mix.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -102,6 +113,16 @@ def main() -> None:
     draw(rows, line, folder)
     beaten = sum(row.mix_kl < row.kl for row in rows)
     print(f"the automatic mix is better than {beaten} of {len(rows)} recipes of its size or larger")
+
+
+def with_gates_kept(costs: Costs, bench: Bench) -> Costs:
+    """The same, but Q8_0 is the only choice for gates."""
+    gates = {name for name, tensor in bench.tensors.items() if tensor.role is Role.RECURRENT_GATE}
+    options = {
+        name: tuple(o for o in found if o.type is T.Q8_0) if name in gates else tuple(found)
+        for name, found in costs.options.items()
+    }
+    return replace(costs, options=options)
 
 
 def compare(bench: Bench, imatrix: ImportanceMatrix, costs: Costs) -> list[Row]:
