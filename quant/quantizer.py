@@ -184,7 +184,7 @@ class _Job:
         """Tell of it, with `notes` after those about fallbacks and weights."""
         rows = self.output.plan
         lines = [f"{row.tensor.name}: {row.note}" for row in rows if row.note]
-        lines += weighting.unweighted(rows, self._importance, self._settings.imatrix)
+        lines += weighting.unweighted(rows, self._settings.imatrix, self._hp)
         parts = [part.path for part in files(self.output)]
         source_types = {name: info.type for name, info in self._file.tensors.items()}
         return FilePlan(rows, source_types, size, parts, [*lines, *notes])

@@ -63,6 +63,9 @@ _MEASURED = (T.Q3_K, T.Q4_0)
 #: Weights up to which each tensor is a group of its own; beyond, those of one name in a quarter of the depth are.
 _TENSORWISE = 100_000_000
 
+#: Of a file of costs, which takes some 1 KB a tensor.
+_MOST_BYTES = 1 << 25
+
 #: Weights of a tensor that its errors are estimated on.
 _SAMPLE = 1 << 17
 
@@ -109,14 +112,15 @@ class Costs:
         Raises `FileFormatError` for anything else, `UnsupportedError` for costs of another file, text or matrix.
         """
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content: Any = json.loads(file.read(_MOST_BYTES))
             rows: dict[str, list[tuple[str, int, float]]] = content["options"]
             options = {name: tuple(Option(T[t], int(n), float(c)) for t, n, c in found) for name, found in rows.items()}
             found = cls(str(content["fingerprint"]), content["unit"], options)
         except OSError as error:
             raise FileFormatError(path, "file", f"cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(path, "costs", f"are not what this program writes: {error!r}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise FileFormatError(path, "costs", "are not what this program writes; expected its JSON") from None
         if found.fingerprint != _fingerprint(bench):
             raise UnsupportedError(f"{path}: costs are of another file, text or importance matrix")
         return found

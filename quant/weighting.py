@@ -35,14 +35,15 @@ def lacking(
     ]
 
 
-def unweighted(planned: Sequence[Planned], importance: Importance, imatrix: ImportanceMatrix | None) -> list[str]:
+def unweighted(planned: Sequence[Planned], imatrix: ImportanceMatrix | None, hp: Hyperparameters) -> list[str]:
     """One line for each tensor that is quantized, and could be weighed, but is not in the matrix that was given."""
     if imatrix is None:
         return []
+    types = {row.tensor.name: row.type for row in planned}
     return [
-        f"{row.tensor.name}: is not in {imatrix.path}: its errors are not weighed"
-        for row in planned
-        if row.type not in PLAIN and row.type is not T.Q8_0 and importance(row.tensor.name) is None
+        f"{name}: is not in {imatrix.path}: its errors are not weighed"
+        for name in imatrix.missing(hp)
+        if types[name] not in PLAIN and types[name] is not T.Q8_0
     ]
 
 

@@ -181,7 +181,7 @@ def _pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
 def check_targets(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     """Refuse, before anything is read, files that could not be put in place at the end, and any of the `inputs`."""
     for path in paths:
-        if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
+        if any(_same(path, other) for other in inputs):
             raise GriffinError(f"{path}: is the input as well; expected another path")
         if not path.parent.is_dir():
             raise GriffinError(f"{path}: the folder {path.parent} does not exist")
@@ -191,6 +191,11 @@ def check_targets(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
             raise GriffinError(f"{path}: is no regular file; expected the name of one, or a new name")
     if len({path.resolve() for path in paths}) < len(paths):
         raise GriffinError(f"{paths[0]}: two outputs have the same path")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, also where it is still to be made."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 @dataclass(frozen=True)

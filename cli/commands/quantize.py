@@ -138,6 +138,7 @@ def quantize(
     chosen by measuring what each tensor costs in each type.
     """
     from griffin_gguf.quant import quantizer
+    from griffin_gguf.quant.overrides import TensorTypes
     from griffin_gguf.quant.writer import check_targets
 
     wish = Wish(target_bpw, target_size, max_kl, text, tokens, costs)
@@ -151,6 +152,8 @@ def quantize(
         allow_requantize=allow_requantize,
     )
     if kind is None:
+        if settings.tensor_types != TensorTypes():
+            raise typer.BadParameter("a target leaves no types to choose by hand; give TYPE in its place")
         kind, settings = mixed(source, target, wish, settings, threads)
     if dry:
         plan = quantizer.dry_run(source, kind, settings, target=target)

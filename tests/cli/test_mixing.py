@@ -70,7 +70,14 @@ def test_a_dry_run_of_a_mix(models: Path, text: Path, costs: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("Q4_K_M", "--target-bpw", "4"), ("--target-bpw", "4", "--max-kl", "0.1"), ("Q4_K_M", "--costs", "c.json")],
+    [
+        (),
+        ("Q4_K_M", "--target-bpw", "4"),
+        ("--target-bpw", "4", "--max-kl", "0.1"),
+        ("Q4_K_M", "--costs", "c.json"),
+        ("--target-bpw", "4", "--pure"),
+        ("--target-bpw", "4", "--tensor-type", "ffn=Q8_0"),
+    ],
 )
 def test_one_thing_is_asked_for(models: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     refused("quantize", models / "demo_model-BF16.gguf", tmp_path / "m.gguf", *arguments, code=2)

@@ -291,6 +291,14 @@ def test_what_a_matrix_lacks_is_told(tmp_path: Path) -> None:
     notes = quantize(source, target, "Q4_K_M", Settings(imatrix=lacking)).notes
     assert notes == ["blk.3.ffn_up.weight: is not in tiny.imatrix.gguf: its errors are not weighed"]
     assert quantize(source, target, "Q4_K_M", Settings(imatrix=IMATRIX)).notes == []
+    untied = griffins.tiny(untied=True)  # nothing is multiplied with its embedding, so no matrix has it
+    recipe = file_type("F32")
+    keys = griffins.metadata(untied) | recipe.metadata
+    other = tmp_path / "untied.gguf"
+    write([Output(other, keys, plan(untied, recipe))], encoder(griffins.reader(griffins.weights(untied))))
+    renamed = {n.replace("token_embd", "output"): e for n, e in IMATRIX.entries.items()}
+    matrix = replace(IMATRIX, entries=renamed)
+    assert quantize(other, target, "Q4_K_M", Settings(imatrix=matrix)).notes == []
     for name in ("BF16", "F32"):
         quantize(source, target, name, Settings(imatrix=IMATRIX))
         with GgufFile.open(target) as file:

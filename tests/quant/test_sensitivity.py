@@ -1,5 +1,6 @@
 """Costs held against measured divergences; automatic mixes against recipes, on text they were not chosen on."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_files_that_hold_no_costs_are_refused(bench: Bench, tmp_path: Path, cont
     (tmp_path / "costs.json").write_text(content)
     with pytest.raises(FileFormatError, match=r"costs\.json: costs: are not what this program writes"):
         Costs.load(tmp_path / "costs.json", bench)
+
+
+def test_a_model_given_as_costs_is_told_in_a_short_line(laboratory: Laboratory, bench: Bench, tmp_path: Path) -> None:
+    large = tmp_path / "large.json"
+    large.touch()
+    os.truncate(large, 1 << 40)  # a hole: whoever read all of it would run out of memory
+    for path in (laboratory.source, large):
+        with pytest.raises(FileFormatError, match=f"{path.name}: costs: are not what this program writes") as caught:
+            Costs.load(path, bench)
+        assert len(str(caught.value)) < len(str(path)) + 150
 
 
 def test_without_a_text_roles_say_what_matters(laboratory: Laboratory) -> None:
