@@ -7,18 +7,21 @@ anything else: what ggml's kernels allow. Both run in turn, so that a noisy mach
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from scale import machine
+from timing import seconds
 
 from griffin_gguf.runtime.arch import Role
 from griffin_gguf.runtime.backends.ggml import GgmlBackend
+from griffin_gguf.runtime.backends.ggml_memory import GgmlState
 from griffin_gguf.runtime.ggml.graph import Context
 from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.tuning import Buffers, Tuning
 
 PREFILL = 512
 
@@ -37,7 +40,7 @@ class Products:
             shape = (*tensor.shape[:-2], 1 if head else count, tensor.shape[-1])
             if tensor.role is not Role.EMBEDDING or head:
                 x = inputs.setdefault(shape, g.input(shape))
-                g.expand(g.matmul(backend.weights.tensors[tensor.name], x))
+                g.expand(g.matmul(backend.weights.of(count)[tensor.name], x))
         self._allocator = backend.device.allocator()
         self._allocator.place(g)
         for shape, x in inputs.items():
@@ -48,11 +51,25 @@ class Products:
         self._backend.device.run(self._context)
 
 
-def seconds(job: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
+def whole(backend: GgmlBackend, tokens: NDArray[np.int32], state: GgmlState) -> None:
+    """Feed one chunk, and have the logits of its last token."""
+    backend.run([(tokens, state)], "last")
+    state.move(len(tokens), None, None, traced=False)
+
+
+def measure(backend: GgmlBackend, name: str, count: int, repeats: int, rounds: int) -> None:
+    """Print the speed of `count` tokens at once: decode after a prompt, prefill from an empty state on."""
+    prompt = np.random.default_rng(1).integers(0, backend.hp.vocab, PREFILL).astype(np.int32)
+    state, products, ours, bare = backend.new_state(), Products(backend, count), list[float](), list[float]()
+    for _ in range(rounds + 1):  # the first builds graphs and warms up
+        state.reset()
+        if name == "decode":
+            whole(backend, prompt, state)
+        ours.append(median(seconds(lambda: whole(backend, prompt[:count], state)) for _ in range(repeats)))
+        bare.append(median(seconds(products) for _ in range(repeats)))
+    ratios = [b / o for o, b in zip(ours[1:], bare[1:], strict=True)]
+    print(f"{name:8} whole {count / median(ours[1:]):7.2f} tokens/s, products {count / median(bare[1:]):7.2f} tokens/s, "
+          f"ratio {median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -61,23 +78,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--buffers", choices=get_args(Buffers), default="mapped")
     arguments = parser.parse_args()
     print(machine())
     with GgufFile.open(arguments.model) as file:
-        backend = GgmlBackend(file, arguments.threads)
-        prompt = np.random.default_rng(1).integers(0, backend.hp.vocab, PREFILL).astype(np.int32)
-        for name, tokens, repeats in (("decode", prompt[:1], 8), ("prefill", prompt, 1)):
-            state, products = backend.new_state(), Products(backend, len(tokens))
-            backend.run(prompt, state, "last")
-            jobs = {"whole": lambda t=tokens, s=state: backend.run(t, s, "last"), "products": products}
-            times: dict[str, list[float]] = {key: [] for key in jobs}
-            for _ in range(arguments.rounds):
-                for key, job in jobs.items():
-                    times[key].append(median(seconds(job) for _ in range(repeats)))
-            ratios = [p / w for w, p in zip(times["whole"], times["products"], strict=True)]
-            rates = {key: len(tokens) / median(values) for key, values in times.items()}
-            print(f"{name:8} whole {rates['whole']:7.2f} tokens/s, products {rates['products']:7.2f} tokens/s, "
-                  f"ratio {median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})", flush=True)  # fmt: skip
+        backend = GgmlBackend(file, Tuning(arguments.threads, arguments.buffers))
+        measure(backend, "decode", 1, 16, arguments.rounds)
+        measure(backend, "prefill", PREFILL, 1, arguments.rounds)
 
 
 if __name__ == "__main__":

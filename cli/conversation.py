@@ -7,6 +7,7 @@ from griffin_gguf.runtime.chat import ChatTemplate, Message, stop_tokens
 from griffin_gguf.runtime.generate import Generation, generate
 from griffin_gguf.runtime.model import Model
 from griffin_gguf.runtime.sampling import Sampling
+from griffin_gguf.runtime.speculate import Speculation
 
 
 class Conversation:
@@ -15,15 +16,18 @@ class Conversation:
     `template` is the file's, None where it has none: then what the person writes is continued as plain text.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, max_tokens: int) -> None:
+    def __init__(
+        self, model: Model, sampling: Sampling, max_tokens: int, speculation: Speculation | None = None
+    ) -> None:
         self.template = ChatTemplate.from_gguf(model.path, model.file.metadata)
         self._model, self._sampling, self._max_tokens = model, sampling, max_tokens
+        self._speculation = speculation
         self._stops = stop_tokens(model.file.metadata, model.tokenizer)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self._state = self._model.new_state()
+        self._begin()
         self._messages: list[Message] = []
         self._unfed: list[int] = []
 
@@ -42,6 +46,7 @@ class Conversation:
             self._sampling,
             self._max_tokens,
             self._stops,
+            speculation=self._speculation,
         )
         try:
             yield generation
@@ -66,5 +71,11 @@ class Conversation:
             following = self.template.encode_next(tokenizer, messages)
             if following is not None:
                 return self._unfed + following
-            self._state = self._model.new_state()
+            self._begin()
         return self.template.encode(tokenizer, messages)
+
+    def _begin(self) -> None:
+        """Read nothing so far."""
+        self._state = self._model.new_state()
+        if self._speculation:
+            self._speculation.forget()

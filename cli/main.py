@@ -15,15 +15,18 @@ from typer.core import TyperGroup
 
 from griffin_gguf.cli import __version__
 from griffin_gguf.cli.commands import (
+    bench,
     chat,
     convert,
     demo,
+    devices,
     export_ollama,
     generate,
     imatrix,
     inspect,
     quantize,
     report,
+    rpc_server,
     verify,
 )
 from griffin_gguf.cli.console import complain, err, out
@@ -111,7 +114,21 @@ def griffin(
     """
 
 
-for command in (convert, quantize, imatrix, inspect, verify, generate, chat, report, export_ollama, demo):
+for command in (
+    convert,
+    quantize,
+    imatrix,
+    inspect,
+    verify,
+    generate,
+    chat,
+    bench,
+    report,
+    export_ollama,
+    demo,
+    devices,
+    rpc_server,
+):
     command.register(app)
 
 

@@ -98,6 +98,25 @@ Seed = Annotated[
     ),
 ]
 
+_SPECULATION = "Speculation"
+DraftFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="SMALL",
+        rich_help_panel=_SPECULATION,
+        help="A smaller model of the same vocabulary guesses tokens; MODEL reads several at once and keeps its own.",
+    ),
+]
+Lookup = Annotated[
+    bool,
+    typer.Option(
+        "--lookup",
+        rich_help_panel=_SPECULATION,
+        help="The same with guesses from the text itself: for answers that quote or repeat their prompt.",
+    ),
+]
+
 
 def parse_type(name: str) -> "FileType":
     """A file type by its name, in either case; a usage error names the choices."""

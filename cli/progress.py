@@ -4,16 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from griffin_gguf.cli.console import err, note, size
 
 #: (done, total), as the libraries report it.
@@ -26,6 +16,16 @@ def progress(label: str, *, unit: str = "bytes") -> Iterator[Report]:
     if not err.is_terminal:
         yield _lines(label, unit)
         return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     counts: ProgressColumn = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
     unit_column = () if unit == "bytes" else (TextColumn(unit),)
     columns = (TextColumn("{task.description}"), BarColumn(), counts, *unit_column, TimeRemainingColumn())

@@ -16,7 +16,7 @@ def read_stdin() -> str:
 
 def write_text(path: Path, text: str) -> None:
     """A file of that text, which appears when it is complete. Raises `GriffinError` naming it."""
-    from griffin_gguf.quant.writer import atomic
+    from griffin_gguf.runtime.atomic import atomic
 
     with atomic(path) as file:
         file.write(text.encode())

@@ -24,8 +24,9 @@ from griffin_gguf.quant.encode import EncodingError, Importance, encoder
 from griffin_gguf.quant.file_types import FileType, Metadata, file_type
 from griffin_gguf.quant.imatrix import ImportanceMatrix
 from griffin_gguf.quant.recipes import plan
-from griffin_gguf.quant.writer import Output, Progress, check_targets, files, write
+from griffin_gguf.quant.writer import Output, Progress, files, write
 from griffin_gguf.runtime import arch
+from griffin_gguf.runtime.atomic import check_targets
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 
 

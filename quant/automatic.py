@@ -16,7 +16,8 @@ from griffin_gguf.quant.imatrix import ImportanceMatrix
 from griffin_gguf.quant.mix import Mix, Option, choose, smallest
 from griffin_gguf.quant.quantizer import Settings, dry_run
 from griffin_gguf.quant.sensitivity import TOKENS, Costs, Progress, measure_costs
-from griffin_gguf.quant.writer import ALIGNMENT, check_targets
+from griffin_gguf.quant.writer import ALIGNMENT
+from griffin_gguf.runtime.atomic import check_targets
 from griffin_gguf.runtime.errors import UnsupportedError
 
 _STEPS = 8  # mixes measured for a divergence; three or four are usual

@@ -26,6 +26,7 @@ from griffin_gguf.runtime.machine import checked_threads, usable_cores
 from griffin_gguf.runtime.model import Model
 from griffin_gguf.runtime.state import CHUNK
 from griffin_gguf.runtime.tokenizer import Tokenizer
+from griffin_gguf.runtime.tuning import Tuning
 
 _PIECE = 1 << 18  # weights encoded at a time by a thread
 
@@ -118,7 +119,7 @@ class Bench:
         """The model, run over the text once."""
         assert self.text, "no text to compare on"
         if self._model is None:
-            backend = PatchedBackend(self.file, self._threads)
+            backend = PatchedBackend(self.file, Tuning(self._threads))
             self._model = Model(self.file, self._tokenizer, backend), backend, _Recorded(backend, self.text[:-1])
         return self._model
 

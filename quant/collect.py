@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.quant.imatrix import Collection, Entry, ImportanceMatrix, merge, products
-from griffin_gguf.quant.writer import check_targets
+from griffin_gguf.runtime.atomic import check_targets
 from griffin_gguf.runtime.backends.ggml import GgmlBackend
 from griffin_gguf.runtime.backends.observe import Observer
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
@@ -24,6 +24,7 @@ from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.machine import checked_threads
 from griffin_gguf.runtime.state import CHUNK
 from griffin_gguf.runtime.tokenizer import Tokenizer
+from griffin_gguf.runtime.tuning import Tuning
 
 #: (done, total) windows of this run.
 Progress = Callable[[int, int], None]
@@ -98,7 +99,7 @@ class Collector:
         start = saved = self.done
         left = self.total - start
         if left:
-            backend = GgmlBackend(self._file, self._threads)
+            backend = GgmlBackend(self._file, Tuning(self._threads))
             try:
                 observer = Observer(backend)
                 for window in self._windows[start:]:

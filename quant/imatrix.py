@@ -28,8 +28,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
-from griffin_gguf.quant.writer import ALIGNMENT, atomic, header_bytes
+from griffin_gguf.quant.writer import ALIGNMENT, header_bytes
 from griffin_gguf.runtime.arch import Hyperparameters, Role, Tensor
+from griffin_gguf.runtime.atomic import atomic
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 

@@ -16,8 +16,9 @@ from griffin_gguf.quant.file_types import PLAIN, RECIPE, FileType, Metadata, fil
 from griffin_gguf.quant.imatrix import ImportanceMatrix
 from griffin_gguf.quant.overrides import TensorTypes, override_keys
 from griffin_gguf.quant.recipes import Choices, Planned, plan, row_bytes
-from griffin_gguf.quant.writer import CHECKSUMS, Output, Progress, check_targets, file_size, files, write
-from griffin_gguf.runtime.arch import Tensor
+from griffin_gguf.quant.writer import Output, Progress, file_size, files, write
+from griffin_gguf.runtime.arch import CHECKSUMS, Tensor
+from griffin_gguf.runtime.atomic import check_targets
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile, TensorInfo, dequantize
 

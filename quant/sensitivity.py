@@ -35,8 +35,8 @@ from griffin_gguf.quant.collect import fingerprint
 from griffin_gguf.quant.encode import NEEDS_IMPORTANCE, encode
 from griffin_gguf.quant.mix import Option
 from griffin_gguf.quant.recipes import row_bytes
-from griffin_gguf.quant.writer import atomic
 from griffin_gguf.runtime.arch import Hyperparameters, Role, Tensor
+from griffin_gguf.runtime.atomic import atomic
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 
 #: (what is going on, done, total).

@@ -20,8 +20,7 @@ from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 
 from griffin_gguf.quant.blocks import NUMBERS, damage
-from griffin_gguf.quant.writer import CHECKSUMS
-from griffin_gguf.runtime.arch import ARCHITECTURE, Transform
+from griffin_gguf.runtime.arch import ARCHITECTURE, CHECKSUMS, Transform
 from griffin_gguf.runtime.chat import ChatTemplate
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile

@@ -3,19 +3,17 @@
 The calling thread cuts tensors into pieces of rows and writes what comes back; a pool of threads reads, encodes
 and returns them, so reading, encoding and writing overlap. Few pieces are under way at a time and each is small:
 memory does not depend on the model, and the pool stops soon after Ctrl-C. A file appears under its own name only
-when it is complete and on the disk: until then it is `.NAME.RANDOM.partial` beside it.
+when it is complete and on the disk (`runtime/atomic.py`).
 """
 
-import os
-import secrets
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from io import BytesIO, RawIOBase
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,9 @@ from numpy.typing import NDArray
 from griffin_gguf.quant.encode import Encoder
 from griffin_gguf.quant.file_types import Metadata
 from griffin_gguf.quant.recipes import Planned
-from griffin_gguf.runtime.arch import ARCHITECTURE
-from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.arch import ARCHITECTURE, CHECKSUMS
+from griffin_gguf.runtime.atomic import PartialFile, atomic, check_targets
+from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.gguf_shards import shard_name
 from griffin_gguf.runtime.machine import checked_threads, usable_cores
 
@@ -37,9 +36,6 @@ from griffin_gguf.runtime.machine import checked_threads, usable_cores
 Progress = Callable[[int, int], None]
 
 ALIGNMENT = 32  # of every tensor's offset: GGUF's default, so no key has to say so
-
-#: Key of the checksums: an array of one hex SHA-256 a tensor, in file order, over its bytes without the padding.
-CHECKSUMS = "griffin.tensor_sha256"
 
 _PIECE_ELEMENTS = 1 << 18  # 1 MiB as float32, which stays in a core's cache; 0.13 s in the slowest type
 _PIECES_AHEAD = 3  # a thread
@@ -178,26 +174,6 @@ def _pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     pool.shutdown()
 
 
-def check_targets(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
-    """Refuse, before anything is read, files that could not be put in place at the end, and any of the `inputs`."""
-    for path in paths:
-        if any(_same(path, other) for other in inputs):
-            raise GriffinError(f"{path}: is the input as well; expected another path")
-        if not path.parent.is_dir():
-            raise GriffinError(f"{path}: the folder {path.parent} does not exist")
-        if path.is_dir():
-            raise GriffinError(f"{path}: is a folder; expected the name of a file")
-        if path.exists() and not path.is_file():  # a rename would put a file in the place of a device or a pipe
-            raise GriffinError(f"{path}: is no regular file; expected the name of one, or a new name")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise GriffinError(f"{paths[0]}: two outputs have the same path")
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, also where it is still to be made."""
-    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Rows [start, stop) of a tensor on their way through the pool: encoded in each of `types`."""
@@ -254,7 +230,7 @@ def _stream(
 class _Sink:
     """Where the bytes of one output go: through its files one after another, and into its checksums."""
 
-    def __init__(self, parts: Sequence[Output], headers: Sequence[bytes], opened: Sequence["PartialFile"]) -> None:
+    def __init__(self, parts: Sequence[Output], headers: Sequence[bytes], opened: Sequence[PartialFile]) -> None:
         self._parts, self._headers, self._files = parts, headers, opened
         self._part = self._tensor = 0  # the file, and the tensor in it, that is being written
         self._digest = sha256()
@@ -301,78 +277,3 @@ def _padded(count: int) -> int:
 
 def _pad(data: bytes) -> bytes:
     return data.ljust(_padded(len(data)), b"\0")
-
-
-class PartialFile:
-    """An unbuffered file whose errors name `path`, the name it will have."""
-
-    def __init__(self, path: Path, raw: RawIOBase) -> None:
-        self._path, self._raw = path, raw
-        self.position = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data`."""
-        left = memoryview(data).cast("B")
-        while left:
-            with _naming(self._path):
-                written = self._raw.write(left) or 0
-            self.position += written
-            left = left[written:]
-
-    def rewrite(self, data: bytes) -> None:
-        """Put `data` in the place of as many bytes at the start; the position stays."""
-        end = self.position
-        with _naming(self._path):
-            self._raw.seek(0)
-        self.write(data)
-        with _naming(self._path):
-            self._raw.seek(end)
-        self.position = end
-
-    def sync(self) -> None:
-        """Wait until everything is on the disk."""
-        with _naming(self._path):
-            os.fsync(self._raw.fileno())
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[PartialFile]:
-    """Open a file that takes the name `path` when the block ends well, and vanishes otherwise.
-
-    Whoever wants it to last calls its `sync` before the end. Raises `GriffinError` naming `path`.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _naming(path):
-            raw = temporary.open("xb", buffering=0)
-        with raw:
-            yield PartialFile(path, raw)
-        with _naming(path):
-            temporary.replace(path)
-            _sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError):  # where there is none, or no way to have made it
-            temporary.unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last. Windows has no such call, and needs none."""
-    if hasattr(os, "O_DIRECTORY"):
-        try:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except PermissionError:  # files may be made in it, but not listed: it cannot be synced, and the file is there
-            return
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn the system's errors into one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be written: {error.strerror}") from error

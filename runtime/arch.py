@@ -23,6 +23,9 @@ from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 
 ARCHITECTURE = "recurrentgemma"
 
+#: Key of the checksums: an array of one hex SHA-256 a tensor, in file order, over its bytes without the padding.
+CHECKSUMS = "griffin.tensor_sha256"
+
 
 class Role(Enum):
     """What a tensor does; recipes choose its type by this."""

@@ -27,5 +27,9 @@ class UnsupportedError(GriffinError):
     """A well-formed request or file that asks for something we do not have."""
 
 
+class BusyError(GriffinError):
+    """A request beyond what may wait: later there is room again."""
+
+
 class BackendError(GriffinError):
     """ggml is absent, is of another version than declared, failed its self-test or lacks an operation."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.sampling import Sampling, pick
+from griffin_gguf.runtime.speculate import Speculation
 from griffin_gguf.runtime.state import CHUNK
 from griffin_gguf.runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -45,13 +46,75 @@ class Finish(Enum):
     CANCELLED = "cancelled"  # `cancel` or `close`, or an error out of the model
 
 
-class Generation:
+class Answer:
+    """What becomes of the logits of one text, whoever computes them: tokens, pieces of text, an end.
+
+    All attributes are right at every moment: `text` is what was given out; `tokens` the answer's ids (without a
+    stop token, but with those of a stop string, which the model has said too); `finish` None until the end;
+    `unfed` and `stop_token` as in this module's head; `prompt_tokens` counts those it began with. Raises
+    `UnsupportedError` for a value out of range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int | None,
+        stop_tokens: AbstractSet[int],
+        stop_strings: Sequence[str],
+    ) -> None:
+        if max_tokens is not None and max_tokens < 0:
+            raise UnsupportedError(f"max_tokens: expected at least 0, found {max_tokens}")
+        if not all(stop_strings):
+            raise UnsupportedError("stop_strings: expected no empty string among them")
+        self.text = ""
+        self.tokens: list[int] = []
+        self.unfed: list[int] = list(tokens)
+        self.stop_token: int | None = None
+        self.finish: Finish | None = None
+        self.prompt_tokens = len(tokens)
+        self._sampling, self._rng = sampling, sampling.generator()
+        self._recent = list(tokens)
+        self._max_tokens, self._stop_tokens = max_tokens, stop_tokens
+        self._decoder, self._held = StreamDecoder(tokenizer), HeldText(stop_strings)
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that it may still have; None: no limit."""
+        return None if self._max_tokens is None else self._max_tokens - len(self.tokens)
+
+    def take(self, logits: NDArray[np.float32]) -> str:
+        """Sample a token by `logits`, float32 [V], those after all that was unfed; the text that is certain by it."""
+        self.unfed = []
+        token = pick(logits, self._recent, self._sampling, self._rng)
+        if token in self._stop_tokens:
+            self.stop_token = token
+            return self.end(Finish.STOP)
+        self.tokens.append(token)
+        self._recent.append(token)
+        self.unfed = [token]
+        piece, stopped = self._held.push(self._decoder.push(token))
+        if stopped:
+            self.finish = Finish.STOP
+        self.text += piece
+        return piece
+
+    def end(self, finish: Finish) -> str:
+        """Set the reason; the text that was held back for what can no longer come."""
+        self.finish = finish
+        piece, stopped = self._held.push(self._decoder.flush())
+        if not stopped:
+            piece += self._held.flush()
+        self.text += piece
+        return piece
+
+
+class Generation(Answer):
     """One answer in the making: iterate over it for pieces of text, each given out once it is certain.
 
-    All attributes are right at every moment, also after `close`: `text` is what was given out; `tokens` the
-    answer's ids (without a stop token, but with those of a stop string, which the model has said too); `finish`
-    None until the end; `unfed` and `stop_token` as in this module's head. `prefill_seconds` and
-    `decode_seconds` count the model's and the sampler's time, not the reader's.
+    The attributes are those of `Answer`, right also after `close`. `prefill_seconds` and `decode_seconds` count
+    the model's and the sampler's time, not the reader's; `drafted` tokens were verified and `accepted` of them right.
 
     An exception out of the model, KeyboardInterrupt included, leaves that model's state unknown: whoever wants
     Ctrl-C to end an answer but keep the state calls `cancel` from a signal handler.
@@ -66,20 +129,13 @@ class Generation:
         max_tokens: int | None,
         stop_tokens: AbstractSet[int],
         stop_strings: Sequence[str],
+        speculation: Speculation | None,
     ) -> None:
-        self.text = ""
-        self.tokens: list[int] = []
-        self.unfed: list[int] = list(tokens)
-        self.stop_token: int | None = None
-        self.finish: Finish | None = None
-        self.prompt_tokens = len(tokens)
+        super().__init__(model.tokenizer, tokens, sampling, max_tokens, stop_tokens, stop_strings)
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
-        self._model, self._state = model, state
-        self._sampling, self._rng = sampling, sampling.generator()
-        self._recent = list(tokens)
-        self._max_tokens, self._stop_tokens = max_tokens, stop_tokens
-        self._decoder, self._held = StreamDecoder(model.tokenizer), HeldText(stop_strings)
+        self.drafted = self.accepted = 0
+        self._model, self._state, self._speculation = model, state, speculation
         self._cancelled = False
         self._pieces = self._run()
 
@@ -106,7 +162,7 @@ class Generation:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second of those fed one by one: all of the answer but what is unfed."""
+        """Tokens per second of those fed after the prompt: all of the answer but what is unfed."""
         fed = len(self.tokens) - len(self.unfed) if self.tokens else 0
         return fed / max(self.decode_seconds, 1e-9)
 
@@ -114,52 +170,66 @@ class Generation:
         try:
             while self.finish is None:
                 piece = self._advance()
-                self.text += piece
                 if piece:
                     yield piece
         finally:
             self.finish = self.finish or Finish.CANCELLED
 
     def _advance(self) -> str:
-        """Feed what is unfed and sample one token; the text that became certain by it."""
-        if len(self.tokens) == self._max_tokens:
-            return self._end(Finish.LENGTH)
+        """Feed what is unfed and sample a token, or several where a draft is right; the text certain by them."""
+        if self.room == 0:
+            return self.end(Finish.LENGTH)
         started, in_prompt = perf_counter(), not self.tokens
-        logits = self._feed()
-        token = None if logits is None else pick(logits, self._recent, self._sampling, self._rng)
+        piece = self._read() if in_prompt else self._speak()
         seconds = perf_counter() - started
         if in_prompt:
             self.prefill_seconds += seconds
         else:
             self.decode_seconds += seconds
-        if token is None:
-            return self._end(Finish.CANCELLED)
-        if token in self._stop_tokens:
-            self.stop_token = token
-            return self._end(Finish.STOP)
-        self.tokens.append(token)
-        self._recent.append(token)
-        self.unfed = [token]
-        piece, stopped = self._held.push(self._decoder.push(token))
-        if stopped:
-            self.finish = Finish.STOP
-        return piece
+        return self.end(Finish.CANCELLED) if piece is None else piece
 
-    def _feed(self) -> NDArray[np.float32] | None:
-        """Feed all that is unfed; the last logits, or None where `cancel` came first."""
-        logits = None
+    def _read(self) -> str | None:
+        """Feed the prompt and sample the first token; None where `cancel` came first."""
+        # Where there is nothing to feed, `generate` has seen that the state has its last logits.
+        logits: Any = getattr(self._state, "logits", None)
         while self.unfed:
             if self._cancelled:
                 return None
-            logits = self._model.forward(self.unfed[:CHUNK], self._state)
+            chunk = self.unfed[:CHUNK]
+            logits = self._model.forward(chunk, self._state)
             del self.unfed[:CHUNK]
-        return logits
+            if self._speculation:
+                self._speculation.read(chunk)
+        return self.take(logits)
 
-    def _end(self, finish: Finish) -> str:
-        """Set the reason; the text that was held back for what can no longer come."""
-        self.finish = finish
-        piece, stopped = self._held.push(self._decoder.flush())
-        return piece if stopped else piece + self._held.flush()
+    def _speak(self) -> str | None:
+        """Feed the last token and sample the next; None where `cancel` came first."""
+        if self._cancelled:
+            return None
+        if self._speculation is None:
+            return self.take(self._model.forward(self.unfed, self._state))
+        most = self.room - 1 if self.room is not None else None
+        return self._verify(self._speculation, self._speculation.draft(self.unfed, most))
+
+    def _verify(self, speculation: Speculation, draft: list[int]) -> str:
+        """Feed the last token and a draft, and sample while the draft says the same; take the rest of it back."""
+        fed, before = self.unfed + draft, len(self.tokens)
+        rows = speculation.verify(fed, self._state)
+        piece, kept = "", 0
+        try:
+            for kept, logits in enumerate(rows):
+                piece += self.take(logits)
+                done = self.finish or self.room == 0 or self._cancelled
+                if done or self.tokens[-1:] != draft[kept : kept + 1]:
+                    break
+        finally:
+            if kept < len(draft):
+                self._state.rollback(self._state.position - len(draft) + kept)
+        self.drafted += len(draft)
+        self.accepted += kept
+        came = self.tokens[before:] + ([] if self.stop_token is None else [self.stop_token])
+        speculation.learn(len(draft), fed[: kept + 1], came)
+        return piece
 
 
 class HeldText:
@@ -202,17 +272,17 @@ def generate(
     max_tokens: int | None = None,
     stop_tokens: AbstractSet[int] = frozenset(),
     stop_strings: Sequence[str] = (),
+    speculation: Speculation | None = None,
 ) -> Generation:
     """Feed `tokens` to `state`, then sample until a stop; nothing happens before the first piece is asked for.
 
-    `tokens` is what the state does not hold yet, at least one token; the repeat penalty looks back over these and
-    the answer. `sampling` None takes the defaults, `max_tokens` None sets no limit. Raises `UnsupportedError` for
-    a value out of range; while iterating, whatever the model or `sampling.pick` raises.
+    `tokens` is what the state does not hold yet: at least one token, or none where the state has its last logits, as
+    a restored one does. The repeat penalty looks back over these and the answer. `sampling` None takes the
+    defaults, `max_tokens` None sets no limit. A `speculation` drafts tokens that are verified several at once: it
+    belongs to this state, and has been told all that the state has read. Raises `UnsupportedError` for a value out
+    of range; while iterating, whatever the model or `sampling.pick` raises.
     """
-    if not tokens:
+    if not tokens and getattr(state, "logits", None) is None:
         raise UnsupportedError("tokens: expected at least one token to begin with, found none")
-    if max_tokens is not None and max_tokens < 0:
-        raise UnsupportedError(f"max_tokens: expected at least 0, found {max_tokens}")
-    if not all(stop_strings):
-        raise UnsupportedError("stop_strings: expected no empty string among them")
-    return Generation(model, state, tokens, sampling or Sampling(), max_tokens, stop_tokens, stop_strings)
+    chosen = sampling or Sampling()
+    return Generation(model, state, tokens, chosen, max_tokens, stop_tokens, stop_strings, speculation)

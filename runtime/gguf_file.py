@@ -7,7 +7,8 @@ file, they rename a new one over it, which leaves a mapping whole. Whoever reads
 which goes past the map and then raises instead, and `check_unchanged` at the end.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import psutil
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from numpy.typing import NDArray
@@ -32,6 +34,11 @@ MATRIX_TYPES = frozenset({
     _T.Q6_K, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S, _T.IQ1_S, _T.IQ1_M, _T.IQ4_NL, _T.IQ4_XS,
     _T.MXFP4,
 })  # fmt: skip
+
+
+#: Bytes between two touches of a mapped file: as many as Linux maps at once around a page that is missing.
+_TOUCH = 1 << 16
+_TOUCHES = 1 << 10  # in one go, during which other threads run
 
 
 class GgufFile:
@@ -58,6 +65,8 @@ class GgufFile:
         first = shards[0].header
         self.path, self.paths = shards[0].path, tuple(shard.path for shard in shards)
         self.size = sum(shard.size for shard in shards)
+        self._warming: threading.Thread | None = None
+        self._closed = threading.Event()
         self.alignment = min(shard.header.alignment for shard in shards)  # all are powers of 2
         self.data_offset = first.data_offset
         self.metadata = {name: value for name, value in first.metadata.items() if name not in SPLIT_KEYS}
@@ -85,8 +94,23 @@ class GgufFile:
 
     def close(self) -> None:
         """Give up the files; a mapping goes when the last view of `data` is gone."""
+        self._closed.set()
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
         for shard in self.shards:
             shard.close()
+
+    def warm(self) -> None:
+        """Start to bring all files into memory, in a thread of its own that ends with `close`.
+
+        For whoever is about to read every weight: page faults, and a disk's waits, go by while something else is
+        done. Nothing happens where the machine has less memory free than the files have bytes.
+        """
+        if self._warming is None and self.size <= psutil.virtual_memory().available:
+            arguments = (self.mappings(), self._closed)
+            self._warming = threading.Thread(target=_touch, args=arguments, name="griffin-warm", daemon=True)
+            self._warming.start()
 
     def mappings(self) -> list[NDArray[np.uint8]]:
         """View each whole file as mapped, uint8 [its size]: read-only, starting on a page. In order of `part`."""
@@ -163,6 +187,15 @@ class GgufFile:
             raise FileFormatError(path, tensor.name, "holds NaN or infinity")
         if tensor.spec.transform is arch.Transform.DECAY and (values > 0).any():
             raise FileFormatError(path, tensor.name, "expected no number above 0: -8·softplus(Λ) has none")
+
+
+def _touch(mappings: Sequence[NDArray[np.uint8]], closed: threading.Event) -> None:
+    """Read a byte of every page that the system does not map along with another."""
+    for mapping in mappings:
+        for start in range(0, len(mapping), _TOUCH * _TOUCHES):
+            if closed.is_set():
+                return
+            mapping[start : start + _TOUCH * _TOUCHES : _TOUCH].max()
 
 
 def _is_plain(tensor: arch.Tensor) -> bool:

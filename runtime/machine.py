@@ -1,6 +1,7 @@
-"""What the machine offers: how many threads are worth starting."""
+"""What the machine offers: how many threads are worth starting; and what we take of it."""
 
 import os
+from typing import Any
 
 import psutil
 
@@ -26,3 +27,10 @@ def usable_cores() -> int:
 def compute_threads() -> int:
     """Threads for matrix products: one a physical core, since two on one core share its multipliers."""
     return min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
+
+
+def resident_bytes() -> tuple[int, int | None]:
+    """Resident memory of this process, and of it what was allocated, not mapped from files (Linux; else None)."""
+    info: Any = psutil.Process().memory_info()
+    shared: int | None = getattr(info, "shared", None)
+    return info.rss, None if shared is None else info.rss - shared

@@ -1,7 +1,8 @@
 """A loaded model: a GGUF, its tokenizer, and a backend that runs it."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,48 +18,63 @@ from griffin_gguf.runtime.errors import BackendError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.griffin import Rows
 from griffin_gguf.runtime.machine import checked_threads
-from griffin_gguf.runtime.state import CHUNK, State
+from griffin_gguf.runtime.state import State
 from griffin_gguf.runtime.tokenizer import Tokenizer
+from griffin_gguf.runtime.tuning import stored
 
 BackendName = Literal["auto", "numpy", "ggml"]
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 #: Logits that one pass may compute when every token's are asked for (64 MiB as f32).
 _EVERY_LOGITS = 1 << 24
 
 
-def load(path: Path | str, backend: BackendName = "auto", threads: int | None = None) -> "Model":
+def load(
+    path: Path | str,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    devices: Mapping[str, int | None] | None = None,
+) -> "Model":
     """Open the GGUF at `path` and make it ready to run.
 
     `backend` "auto" takes ggml where it loads, else NumPy, and says why in `Model.notice`. `threads` are
-    ggml's (all cores if None); NumPy's matrix products follow its own BLAS settings. Raises `FileFormatError`
-    or `UnsupportedError` for the file, `BackendError` for a ggml that cannot be used.
+    ggml's (None: what `griffin bench --tune` found for such a file, else one a core); NumPy's matrix products follow
+    its own BLAS settings. `devices` are ggml's by name ("CPU", "Metal", "rpc:HOST:PORT"), each with the number of
+    layers that lie on it, None for its part of the rest; without any, the best one runs all. Raises `FileFormatError`
+    or `UnsupportedError` for the file, `BackendError` for a ggml or a device that cannot be used.
     """
     checked_threads(threads)
     file = GgufFile.open(path)
     try:
         file.hyperparameters()
+        file.warm()
         tokenizer = Tokenizer.from_gguf(file.path, file.metadata)
-        chosen, notice = _backend(file, backend, threads)
+        chosen, notice = _backend(file, backend, threads, devices or {})
     except BaseException:
         file.close()
         raise
     return Model(file, tokenizer, chosen, notice)
 
 
-def _backend(file: GgufFile, name: BackendName, threads: int | None) -> tuple[Backend, str | None]:
+def _backend(
+    file: GgufFile, name: BackendName, threads: int | None, devices: Mapping[str, int | None]
+) -> tuple[Backend, str | None]:
     """The backend of that name; for "auto" also why it is not ggml."""
     # Imported here: the reference must run where ggml cannot be loaded, and neither costs time unused.
     from griffin_gguf.runtime.backends.ggml import GgmlBackend
     from griffin_gguf.runtime.backends.numpy import NumpyBackend
 
     if name == "numpy":
+        if devices:
+            raise UnsupportedError("devices: NumPy has none to choose from; backend: expected ggml")
         return NumpyBackend(file), None
     if name not in ("auto", "ggml"):
         raise UnsupportedError(f"backend: expected auto, ggml or numpy, found {name!r}")
     try:
-        return GgmlBackend(file, threads), None
+        tuning, notice = stored(file, ", ".join(devices))
+        return GgmlBackend(file, replace(tuning, threads=threads) if threads else tuning, devices), notice
     except BackendError as error:
-        if name == "ggml":
+        if name == "ggml" or devices:
             raise
         return NumpyBackend(file), f"running on NumPy, which is slow: {error}"
 
@@ -89,6 +105,16 @@ class Model:
         """The backend's name: "ggml" or "numpy"."""
         return self._backend.name
 
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of a state."""
+        return self._backend.state_nbytes
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of all texts together that one pass over the weights may take; more are fed in several."""
+        return self._backend.chunk
+
     def new_state(self) -> State:
         """An empty memory, at position 0. Raises `UnsupportedError` where the machine has no room for it."""
         self._check_open()
@@ -100,38 +126,79 @@ class Model:
             )
         return self._backend.new_state()
 
-    def forward(
-        self, tokens: Sequence[int] | NDArray[np.integer[Any]], state: State, every: bool = False
-    ) -> NDArray[np.float32]:
+    def load_state(self, path: Path | str) -> State:
+        """The state that `State.save` wrote to `path`: it goes on bit by bit as the one that was saved.
+
+        Raises `FileFormatError` for any other file, one of another model among them.
+        """
+        state = self.new_state()
+        state.restore(path, self.hp.vocab)
+        return state
+
+    def forward(self, tokens: Tokens, state: State, every: bool = False, trace: bool = False) -> NDArray[np.float32]:
         """Read `tokens` (at least one) on top of `state`, which moves on by as many.
 
-        Logits after the last token, float32 [V], or with `every` after each, float32 [T, V]. The result does
-        not depend on how a text is cut into calls, beyond rounding. Raises `UnsupportedError` for an empty
-        sequence, a token that is no whole number or outside the vocabulary, a state of another model, a closed
-        model; `state` is as before then.
+        Logits after the last token, float32 [V], or with `every` after each, float32 [T, V]. With `trace` the state
+        can be rolled back to any token of the last chunk of at most `CHUNK`. The result does not depend on how a
+        text is cut into calls, beyond rounding. Raises `UnsupportedError` for an empty sequence, a token that is no
+        whole number or outside the vocabulary, a state of another model, a closed model; `state` is as before then.
         """
-        ids = self._checked(tokens)
+        return self.forward_batch([(tokens, state)], every, trace)[0]
+
+    def forward_batch(
+        self, batch: Sequence[tuple[Tokens, State]], every: bool = False, trace: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """Read several texts at once, each on top of its own state: weights are read once for all of them.
+
+        As `forward` for each of `batch`, beyond rounding: texts may be of any lengths, at any positions. Raises
+        `UnsupportedError` as `forward` does, and for one state that stands twice; all states are as before then.
+        """
+        ids = [self._checked(tokens) for tokens, _ in batch]
+        given = [state for _, state in batch]
+        if len({id(state) for state in given}) < len(given):
+            raise UnsupportedError("state: one state cannot read two texts at once")
         with self._lock:
             self._check_open()
-            if state.owner is not self._backend:
-                raise UnsupportedError(f"state: was not made by this model, {self.path}")
-            return self._feed(ids, state, every)
+            for state in given:
+                if state.owner is not self._backend:
+                    raise UnsupportedError(f"state: was not made by this model, {self.path}")
+            return self._feed([_Text(i, s) for i, s in zip(ids, given, strict=True)], every, trace)
 
-    def _feed(self, ids: NDArray[np.int32], state: State, every: bool) -> NDArray[np.float32]:
+    def _feed(self, texts: list["_Text"], every: bool, trace: bool) -> list[NDArray[np.float32]]:
+        most = self._backend.chunk
         if every:
-            step = max(1, min(CHUNK, _EVERY_LOGITS // self.hp.vocab))
-            return np.concatenate([self._run(chunk, state, "every") for chunk in _chunks(ids, step)])
-        *first, last = _chunks(ids, CHUNK)
-        for chunk in first:
-            self._backend.run(chunk, state, "none")
-        return self._run(last, state, "last")[0]
+            most = max(1, min(most, _EVERY_LOGITS // self.hp.vocab))
+        waiting = [text for text in texts if text.left]
+        while waiting:
+            chunks, room = list[tuple[_Text, NDArray[np.int32]]](), most
+            for text in waiting[:most]:
+                # Room for one token of each text behind it, so that all of them move.
+                ahead = min(len(waiting), most) - len(chunks) - 1
+                chunk = text.tokens[text.read :][: room - ahead]
+                chunks.append((text, chunk))
+                room -= len(chunk)
+            self._run(chunks, every, trace)
+            waiting = [text for text in waiting if text.left]
+        return [np.concatenate(text.logits) if every else text.logits[-1][0] for text in texts]
 
-    def _run(self, chunk: NDArray[np.int32], state: State, rows: Rows) -> NDArray[np.float32]:
-        logits = self._backend.run(chunk, state, rows)
-        assert logits is not None
-        return logits
+    def _run(self, chunks: "list[tuple[_Text, NDArray[np.int32]]]", every: bool, trace: bool) -> None:
+        """Feed one batch that fits and hand out its logits. Only the last batch of a call leaves a trace."""
+        ends = [len(chunk) == text.left for text, chunk in chunks]
+        rows: Rows = "every" if every else "last" if any(ends) else "none"
+        traced = trace and all(ends)
+        logits = self._backend.run([(chunk, text.state) for text, chunk in chunks], rows, traced)
+        at = 0
+        for (text, chunk), end in zip(chunks, ends, strict=True):
+            size = len(chunk) if every else 1
+            part = None if logits is None else logits[at : at + size]
+            at += size
+            wanted = part is not None and (every or end)
+            if wanted:
+                text.logits.append(part)
+            text.state.move(len(chunk), part if every else None, part[-1].copy() if wanted else None, traced)
+            text.read += len(chunk)
 
-    def _checked(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def _checked(self, tokens: Tokens) -> NDArray[np.int32]:
         wide = np.asarray(tokens)
         if wide.ndim != 1 or not wide.size:
             raise UnsupportedError(f"tokens: expected a sequence of at least one, found shape {wide.shape}")
@@ -161,6 +228,16 @@ class Model:
         self.close()
 
 
-def _chunks(ids: NDArray[np.int32], step: int) -> Iterator[NDArray[np.int32]]:
-    for start in range(0, len(ids), step):
-        yield ids[start : start + step]
+@dataclass
+class _Text:
+    """What one text of a batch still has to read, and the logits it has given."""
+
+    tokens: NDArray[np.int32]
+    state: State
+    read: int = 0
+    logits: list[NDArray[np.float32]] = field(default_factory=list[NDArray[np.float32]])
+
+    @property
+    def left(self) -> int:
+        """Tokens not read yet."""
+        return len(self.tokens) - self.read

@@ -6,14 +6,21 @@
 A chunk's keys are written before they are read, hence the CHUNK rows beyond the window.
 """
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Generic, Protocol, Self, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
+from griffin_gguf.runtime import saved_state
 from griffin_gguf.runtime.arch import Hyperparameters
+from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime.saved_state import Layout, Saved
 
 #: Tokens that one pass over the weights may take: longer texts are fed in chunks of this.
 CHUNK = 512
@@ -40,19 +47,94 @@ class AttentionState(Generic[A]):
 LayerState = RecurrentState[A] | AttentionState[A]
 
 
-class State(Protocol):
-    """The memory of one text on one backend; made by `Model.new_state`."""
+class State(ABC):
+    """The memory of one text on one backend; made by `Model.new_state` and `Model.load_state`.
 
-    position: int  # tokens read so far
-    owner: object  # the backend that made it, the only one that can go on from it
+    `position` counts the tokens read; `logits` are those after the last of them, f32 [V], where they were asked
+    for, else None; `owner` is the backend, the only one that can go on from here.
+    """
 
-    def copy(self) -> Self:
-        """An independent state that continues from the same point."""
-        ...
+    def __init__(self, owner: "Owner") -> None:
+        self.owner = owner
+        self.position = 0
+        self.logits: NDArray[np.float32] | None = None
+        self._chunk_logits: NDArray[np.float32] | None = None  # [T, V]: of each token of a chunk that left a trace
+        self._chunk_start: int | None = None  # where the chunk began that left a trace
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all arrays; the same at every position."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Type and shape of every array by its name, `blk.N.h`, `.tail`, `.k`, `.v`: what `read` gives."""
+
+    @abstractmethod
+    def copy(self) -> Self:
+        """An independent state that continues from the same point; without the trace of the last chunk."""
+
+    @abstractmethod
+    def read(self) -> dict[str, NDArray[Any]]:
+        """Copies of all arrays by name."""
+
+    @abstractmethod
+    def write(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take over such arrays."""
+
+    @abstractmethod
+    def rewind(self, count: int) -> None:
+        """Go back to the first `count` tokens of the chunk that left a trace; `rollback` has checked them."""
+
+    def move(
+        self, count: int, every: NDArray[np.float32] | None, last: NDArray[np.float32] | None, traced: bool
+    ) -> None:
+        """Note that a chunk of `count` tokens was read: the logits that it gave, and whether it left a trace."""
+        self._chunk_start, self._chunk_logits = (self.position, every) if traced else (None, None)
+        self.position += count
+        self.logits = last
+
+    def rollback(self, position: int) -> None:
+        """Go back to an earlier `position` inside the last chunk, computing nothing.
+
+        The chunk, at most `CHUNK` tokens, must have been read with `trace`, and this be the last thing read with a
+        trace on this model. `logits` are those at `position` where every token's were asked for, else None. Raises
+        `UnsupportedError` for any other position; the state is as before then.
+        """
+        if position == self.position:
+            return
+        start = self._chunk_start
+        if start is None or not start < position < self.position:
+            known = "nothing" if start is None else f"{start + 1} to {self.position}"
+            raise UnsupportedError(f"state: cannot go back to {position}: {known} of the last chunk is kept")
+        self.rewind(position - start)
+        every = self._chunk_logits
+        self.position = position
+        self.logits = None if every is None else every[position - start - 1]
+
+    def save(self, path: Path | str) -> None:
+        """Write everything to a file that `Model.load_state` reads; whole, or not at all.
+
+        Raises `GriffinError` naming `path` where it cannot be written.
+        """
+        saved_state.save(path, Saved(self.owner.fingerprint, self.position, self.read(), self.logits))
+
+    def restore(self, path: Path | str, vocab: int) -> None:
+        """Take over what `save` wrote; raises `FileFormatError` for anything that does not fit this model."""
+        logits = (np.dtype(np.float32), (vocab,))
+        saved = saved_state.load(path, self.owner.fingerprint, {**self.layout, saved_state.LOGITS: logits})
+        self.write(saved.arrays)
+        self.position, self.logits = saved.position, saved.logits
+        self._chunk_start = self._chunk_logits = None
+
+
+class Owner(Protocol):
+    """What a state asks of its backend."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model: `saved_state.fingerprint`."""
         ...
 
 
@@ -79,6 +161,13 @@ def arrays(layers: list[LayerState[A]]) -> Iterator[A]:
     for layer in layers:
         for field in fields(layer):
             yield getattr(layer, field.name)
+
+
+def named(layers: list[LayerState[A]]) -> Iterator[tuple[str, A]]:
+    """Every array with its name in a saved state, `blk.N.h` and so on."""
+    for i, layer in enumerate(layers):
+        for field in fields(layer):
+            yield f"blk.{i}.{field.name}", getattr(layer, field.name)
 
 
 def kv_type(embedding: GGMLQuantizationType) -> GGMLQuantizationType:

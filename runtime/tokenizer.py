@@ -13,9 +13,11 @@ import codecs
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import sentencepiece
 from gguf import TokenType
 
@@ -25,6 +27,8 @@ from griffin_gguf.runtime.sentencepiece_proto import bpe_model
 
 PREFIX = "tokenizer.ggml."
 _KNOWN_TYPES = frozenset(int(t) for t in TokenType)
+_GREATEST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece stores float32
+_AT_ONCE = 1 << 13  # tokens joined for a check: all of them would take memory that the processor has no cache for
 _UNKNOWN_SURFACE = " \u2047 ".encode()  # how SentencePiece shows its unknown token
 _SPACE = "\u2581"  # stands for a space inside pieces
 _SHIELD = "\ufdd0"  # a code point that Unicode reserves for use inside programs
@@ -46,7 +50,8 @@ class Tokenizer:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
-        self._tokens, self._types, scores = _arrays(path, metadata)
+        self._tokens, types, scores = _arrays(path, metadata)
+        self._types = bytes(types)
         self.vocab_size = len(self._tokens)
         self.bos = _required_id(path, metadata, "bos", self.vocab_size)
         self.eos = _required_id(path, metadata, "eos", self.vocab_size)
@@ -55,11 +60,8 @@ class Tokenizer:
         self._space_prefix = _flag(path, metadata, "add_space_prefix")
         _check_unknown(path, self._types, _required_id(path, metadata, "unknown", self.vocab_size))
         self.control_tokens = _control_tokens(path, self._tokens, self._types)
-        # Of names that begin at one place the longest wins, as in SentencePiece: hence the order.
-        names = sorted(self.control_tokens, key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         try:
-            model = bpe_model(self._tokens, scores, self._types, self._space_prefix)
+            model = bpe_model(self._tokens, scores, types, self._space_prefix)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, OSError) as error:
             raise FileFormatError(path, PREFIX + "tokens", f"SentencePiece refuses them: {error}") from error
@@ -77,6 +79,13 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that only `encode(..., special=True)` and `bos` can yield."""
         return frozenset(self.control_tokens.values())
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Any control token's name; compiled when a chat needs it, which takes a while."""
+        # Of names that begin at one place the longest wins, as in SentencePiece: hence the order.
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -181,7 +190,7 @@ def array(path: Path, metadata: Mapping[str, Any], name: str, kind: type) -> lis
     values = metadata.get(PREFIX + name)
     if values is None:
         raise FileFormatError(path, PREFIX + name, "is missing")
-    if not isinstance(values, list) or any(type(v) is not kind for v in cast("list[Any]", values)):
+    if not isinstance(values, list) or not {kind}.issuperset(map(type, cast("list[Any]", values))):
         raise FileFormatError(path, PREFIX + name, f"expected an array of {kind.__name__}")
     return cast("list[Any]", values)
 
@@ -227,46 +236,72 @@ def _arrays(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], list[in
 
 def _check_tokens(path: Path, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> None:
     """Refuse what SentencePiece would refuse or take for something else."""
-    seen: dict[str, int] = {}
-    for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
-        if not math.isfinite(score):
-            raise FileFormatError(path, PREFIX + "scores", f"token {i}: expected a finite number, found {score}")
-        if kind not in _KNOWN_TYPES:
-            raise FileFormatError(path, PREFIX + "token_type", f"token {i}: {kind} is no token type")
-        if not token or "\0" in token or not _is_unicode(token):
-            raise FileFormatError(path, PREFIX + "tokens", f"token {i}: {token!r} is no name for a token")
-        if seen.setdefault(token, i) != i:
-            raise FileFormatError(path, PREFIX + "tokens", f"token {i}: {token!r} is already token {seen[token]}")
+    if not _all_sound(tokens, scores, types):
+        raise _first_fault(path, tokens, scores, types)
     expected = {f"<0x{byte:02X}>" for byte in range(256)}
-    found = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.BYTE}
+    found = {tokens[i] for i in _of_type(types, TokenType.BYTE)}
     if found != expected:
         wrong = min(found ^ expected)
         problem = f"{wrong!r} is no byte" if wrong in found else f"no byte token {wrong!r}"
         raise FileFormatError(path, PREFIX + "tokens", f"expected the 256 byte tokens <0x00> to <0xFF>: {problem}")
 
 
+def _all_sound(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> bool:
+    """Whether `_first_fault` would find none: the same questions, asked of all tokens at once."""
+    different = set(tokens)
+    return (
+        _KNOWN_TYPES.issuperset(types)
+        and bool((np.abs(np.asarray(scores, np.float64)) <= _GREATEST_SCORE).all())
+        and len(different) == len(tokens)
+        and "" not in different
+        and all(_is_text("".join(tokens[i : i + _AT_ONCE])) for i in range(0, len(tokens), _AT_ONCE))
+    )
+
+
+def _first_fault(path: Path, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> FileFormatError:
+    """What is wrong with the first token that has something wrong."""
+    seen: dict[str, int] = {}
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+        if not abs(score) <= _GREATEST_SCORE:
+            wanted = "a number of float32" if math.isfinite(score) else "a finite number"
+            return FileFormatError(path, PREFIX + "scores", f"token {i}: expected {wanted}, found {score}")
+        if kind not in _KNOWN_TYPES:
+            return FileFormatError(path, PREFIX + "token_type", f"token {i}: {kind} is no token type")
+        if not token or not _is_text(token):
+            return FileFormatError(path, PREFIX + "tokens", f"token {i}: {token!r} is no name for a token")
+        if seen.setdefault(token, i) != i:
+            return FileFormatError(path, PREFIX + "tokens", f"token {i}: {token!r} is already token {seen[token]}")
+    raise AssertionError("unreachable: some token has a fault")
+
+
+def _of_type(types: Sequence[int], kind: TokenType) -> list[int]:
+    """The ids of all tokens of one type."""
+    return np.flatnonzero(np.frombuffer(bytes(types), np.uint8) == kind).tolist()
+
+
 def _check_unknown(path: Path, types: Sequence[int], unknown: int) -> None:
     """SentencePiece has exactly one unknown token, and it must be the one the file names."""
-    found = [i for i, kind in enumerate(types) if kind == TokenType.UNKNOWN]
+    found = _of_type(types, TokenType.UNKNOWN)
     if found != [unknown]:
         problem = f"expected one token of type unknown, with id {unknown}, found {len(found)}: {found[:4]}"
         raise FileFormatError(path, PREFIX + "token_type", problem)
 
 
 def _control_tokens(path: Path, tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
-    control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == TokenType.CONTROL}
+    control = {tokens[i]: i for i in _of_type(types, TokenType.CONTROL)}
     for name, i in control.items():
         if len(name) == 1:  # SentencePiece looks single characters up by name: text could reach it
             raise FileFormatError(path, PREFIX + "tokens", f"token {i}: {name!r} is too short for a control token")
     return control
 
 
-def _is_unicode(text: str) -> bool:
+def _is_text(text: str) -> bool:
+    """Whether SentencePiece takes it: Unicode, without U+0000."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def _check_unicode(text: str) -> None:

@@ -24,9 +24,9 @@ from griffin_gguf.quant.encode import encode, encoder
 from griffin_gguf.quant.evaluate import kl, mean_and_error, perplexity
 from griffin_gguf.quant.file_types import Metadata, file_type
 from griffin_gguf.quant.recipes import Choices, plan
-from griffin_gguf.quant.writer import CHECKSUMS, Output, write
+from griffin_gguf.quant.writer import Output, write
 from griffin_gguf.runtime import load
-from griffin_gguf.runtime.arch import Role, Tensor, Transform
+from griffin_gguf.runtime.arch import CHECKSUMS, Role, Tensor, Transform
 from griffin_gguf.runtime.gguf_file import GgufFile, dequantize
 
 #: The first is what a part is compared with: nothing lost in it.

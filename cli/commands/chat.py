@@ -12,6 +12,8 @@ import typer
 from griffin_gguf.cli.console import note
 from griffin_gguf.cli.options import (
     Backend,
+    DraftFile,
+    Lookup,
     MinP,
     Model,
     RepeatLastN,
@@ -23,7 +25,7 @@ from griffin_gguf.cli.options import (
     TopP,
     add_command,
 )
-from griffin_gguf.cli.running import load_model, show_timings, stream
+from griffin_gguf.cli.running import load_model, show_timings, speculating, stream
 
 if TYPE_CHECKING:
     from griffin_gguf.cli.conversation import Conversation
@@ -50,6 +52,8 @@ def chat(
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
     seed: Seed = None,
+    draft: DraftFile = None,
+    lookup: Lookup = False,
     backend: Backend = "auto",
     threads: Threads = None,
     timings: Annotated[bool, typer.Option("--timings", help="Tell tokens and speeds after each answer.")] = False,
@@ -64,8 +68,11 @@ def chat(
     from griffin_gguf.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
-    with load_model(path, backend, threads) as model:
-        conversation = Conversation(model, sampling, max_tokens)
+    with (
+        load_model(path, backend, threads) as model,
+        speculating(model, draft, lookup, backend, threads) as speculation,
+    ):
+        conversation = Conversation(model, sampling, max_tokens, speculation)
         if conversation.template is None:
             note(f"{path} has no chat template: what you write is continued, not answered.")
         if sys.stdin.isatty():

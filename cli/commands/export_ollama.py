@@ -1,7 +1,6 @@
 """`griffin export-ollama`: a GGUF and a Modelfile, side by side."""
 
 import os
-import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +87,7 @@ def export_ollama(
 
 def _place(source: Path, target: Path, copy: bool) -> None:
     """Link or copy `source` to `target`, which appears when it is complete."""
-    from griffin_gguf.quant.writer import atomic
+    from griffin_gguf.runtime.atomic import atomic
 
     if target.exists() and target.samefile(source):
         return
@@ -102,7 +101,7 @@ def _place(source: Path, target: Path, copy: bool) -> None:
 
 def _link(source: Path, target: Path) -> bool:
     """Put a hard link at `target`; False where the file system does not."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial = target.with_name(f".{target.name}.{os.urandom(4).hex()}.partial")
     try:
         os.link(source.resolve(), partial)
         partial.replace(target)

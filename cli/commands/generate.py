@@ -8,6 +8,8 @@ import typer
 
 from griffin_gguf.cli.options import (
     Backend,
+    DraftFile,
+    Lookup,
     MinP,
     Model,
     RepeatLastN,
@@ -19,7 +21,7 @@ from griffin_gguf.cli.options import (
     TopP,
     add_command,
 )
-from griffin_gguf.cli.running import load_model, show_timings, stream
+from griffin_gguf.cli.running import load_model, show_timings, speculating, stream
 from griffin_gguf.cli.text import read_stdin, read_text, without_newline
 
 
@@ -32,6 +34,7 @@ def register(app: typer.Typer) -> None:
         "griffin generate model.gguf -p 'It was a dark and stormy night' -n 100",
         "griffin generate model.gguf -f prompt.txt --temp 0 > answer.txt",
         "cat notes.txt | griffin generate model.gguf --stop '###'",
+        "griffin generate 9b.gguf -f question.txt --draft 2b.gguf",
     )
 
 
@@ -55,6 +58,8 @@ def generate(
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
     seed: Seed = None,
+    draft: DraftFile = None,
+    lookup: Lookup = False,
     backend: Backend = "auto",
     threads: Threads = None,
 ) -> None:
@@ -69,7 +74,10 @@ def generate(
     from griffin_gguf.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
-    with load_model(path, backend, threads) as model:
+    with (
+        load_model(path, backend, threads) as model,
+        speculating(model, draft, lookup, backend, threads) as speculation,
+    ):
         generation = generate_text(
             model,
             model.new_state(),
@@ -78,6 +86,7 @@ def generate(
             max_tokens,
             stop_tokens(model.file.metadata, model.tokenizer),
             stop or (),
+            speculation,
         )
         stream(generation)
         show_timings(generation, model.backend)

@@ -77,7 +77,7 @@ def imatrix(
 def _join(in_files: list[Path], text: Path | None, output: Path | None, show: bool) -> "ImportanceMatrix":
     """The sum of `in_files`, written where it is wanted."""
     from griffin_gguf.quant.imatrix import merge
-    from griffin_gguf.quant.writer import check_targets
+    from griffin_gguf.runtime.atomic import check_targets
 
     if not in_files or text is not None:
         raise typer.BadParameter("expected MODEL and -f TEXT, or matrices to join or show (--in-file FILE)")
@@ -104,7 +104,7 @@ def _collect(
 ) -> "ImportanceMatrix":
     """Run the model over what is left of the text."""
     from griffin_gguf.quant.collect import Collector, Text
-    from griffin_gguf.quant.writer import check_targets
+    from griffin_gguf.runtime.atomic import check_targets
 
     check_targets([output], [model, text, *in_files])
     words = Text(str(text), read_text(text))

@@ -139,7 +139,7 @@ def quantize(
     """
     from griffin_gguf.quant import quantizer
     from griffin_gguf.quant.overrides import TensorTypes
-    from griffin_gguf.quant.writer import check_targets
+    from griffin_gguf.runtime.atomic import check_targets
 
     wish = Wish(target_bpw, target_size, max_kl, text, tokens, costs)
     check_targets([target], [path for path in (tensor_type_file, text, costs) if path])

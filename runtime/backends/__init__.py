@@ -1,5 +1,6 @@
 """The two backends: NumPy, the reference; ggml, the fast one. Both give the operations of griffin.py."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ class Backend(Protocol):
     """What `Model` asks of a backend."""
 
     name: str
+    chunk: int  # tokens that one batch may have
 
     @property
     def state_nbytes(self) -> int:
@@ -22,8 +24,13 @@ class Backend(Protocol):
         """A state at position 0."""
         ...
 
-    def run(self, tokens: NDArray[np.int32], state: Any, rows: Rows) -> NDArray[np.float32] | None:
-        """Feed one chunk of 1 to CHUNK tokens: logits [T, V], [1, V] or None."""
+    def run(
+        self, batch: Sequence[tuple[NDArray[np.int32], Any]], rows: Rows, trace: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Feed a chunk of each text, 1 to CHUNK tokens in all: logits [T, V], [texts, V] or None.
+
+        The arrays of the states change, their `position` does not: see `State.move`. With `trace` each can go back.
+        """
         ...
 
     def close(self) -> None:

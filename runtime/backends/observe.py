@@ -5,14 +5,17 @@ place by adding the later half of the rows to the earlier one until a row is lef
 which every device has, in some 1.5 passes over the squares, and rounding grows with the logarithm of the tokens.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime.arch import Hyperparameters
-from griffin_gguf.runtime.backends.ggml import GgmlBackend, GgmlOps, Graph
-from griffin_gguf.runtime.ggml.graph import Context, Tensor
-from griffin_gguf.runtime.griffin import chunk_inputs
-from griffin_gguf.runtime.state import ring_rows
+from griffin_gguf.runtime.backends.ggml import GgmlBackend
+from griffin_gguf.runtime.backends.ggml_ops import GgmlOps, Plan
+from griffin_gguf.runtime.backends.rowwise import TILE, Deferred, Value
+from griffin_gguf.runtime.ggml.graph import Tensor
+from griffin_gguf.runtime.griffin import soft_cap
 
 _INPUTS = 5  # different ones a layer at most: attn_norm, conv, ssm_out, ffn_norm, ffn_down
 
@@ -23,7 +26,6 @@ class Observer:
     def __init__(self, backend: GgmlBackend) -> None:
         self._backend = backend
         self._state = backend.new_state()
-        self._graphs: dict[tuple[int, bool], Graph] = {}
 
     def begin(self) -> None:
         """Forget the text so far."""
@@ -36,37 +38,32 @@ class Observer:
 
         The logits f32 [T, V] are left out unless asked for, and with them the product of the head.
         """
-        graph = self._graph(len(tokens), logits)
-        backend, ops = self._backend, graph.ops
+        backend, state = self._backend, self._state
+        graph = backend.graph([(tokens, state)], "every", kind=ScoringOps if logits else ObservingOps)
+        ops = graph.ops
         assert isinstance(ops, ObservingOps)
-        inputs = chunk_inputs(backend.hp, tokens, self._state.position, ring_rows(backend.hp))
-        found = graph.run(backend.device, inputs)
-        self._state.position += len(tokens)
+        found = graph.run([tokens], [state.position])
+        assert found is not None
+        state.move(len(tokens), None, None, traced=False)
         # Weights that share an input share the array.
         read = {sums.handle: backend.device.read(sums).reshape(-1) for sums in set(ops.sums.values())}
-        return {name: read[sums.handle] for name, sums in ops.sums.items()}, found if logits else None
-
-    def _graph(self, count: int, logits: bool) -> Graph:
-        """The graph for that many tokens; a text cut into windows needs very few."""
-        key = (count, logits)
-        if key not in self._graphs:
-            ops = ScoringOps if logits else ObservingOps
-            allocator = self._backend.device.allocator()
-            self._graphs[key] = Graph(self._backend, self._state, count, "every", allocator, ops)
-        return self._graphs[key]
+        return {name: read[sums.handle] for name, sums in ops.sums.items()}, soft_cap(
+            backend.hp, found
+        ) if logits else None
 
 
 class ObservingOps(GgmlOps):
     """The operations, with sums beside the products; the head's product is left out."""
 
-    def __init__(self, context: Context, weights: dict[str, Tensor], hp: Hyperparameters) -> None:
-        super().__init__(context, weights, hp)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.sums: dict[str, Tensor] = {}  # by the weight's name, [1, inputs]
         self._known: dict[int, Tensor] = {}  # by the input's handle
 
     @staticmethod
-    def tensors(hp: Hyperparameters, count: int) -> int:
-        return GgmlOps.tensors(hp, count) + (1 + _INPUTS * hp.layers) * (3 + 3 * count.bit_length())
+    def tensors(hp: Hyperparameters, plan: Plan, tile: int = TILE) -> int:
+        sums = (1 + _INPUTS * hp.layers) * (3 + 3 * plan.count.bit_length())
+        return GgmlOps.tensors(hp, plan, tile) + sums
 
     def _observe(self, weight: str, x: Tensor) -> Tensor:
         """Sum the squares of `x` [T, inputs] over T: [1, inputs]."""
@@ -84,22 +81,25 @@ class ObservingOps(GgmlOps):
             count -= half
         return g.output(g.dense(g.rows(squares, 0, 1)))  # a copy, so that the squares need not outlive it
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def linear(self, name: str, x: Value) -> Deferred:
+        (x,) = self._whole(x)
         self._observe(f"{name}.weight", x)
         return super().linear(name, x)
 
-    def block_linear(self, name: str, x: Tensor) -> Tensor:
+    def block_linear(self, name: str, x: Value) -> Deferred:
+        (x,) = self._whole(x)
         self._observe(f"{name}.weight", x)
         return super().block_linear(name, x)
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Value) -> Tensor:
         """Its sums, in the logits' place: the graph ends here."""
-        return self._observe("output.weight" if self._hp.untied else "token_embd.weight", x)
+        return self._observe("output.weight" if self._hp.untied else "token_embd.weight", self._whole(x)[0])
 
 
 class ScoringOps(ObservingOps):
     """The same with the head's product."""
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Value) -> Tensor:
+        (x,) = self._whole(x)
         super().head(x)
         return GgmlOps.head(self, x)

@@ -5,19 +5,21 @@ head: a text's states fit into memory where its logits, at 256,000 tokens, do no
 """
 
 from collections.abc import Callable, Mapping
-from weakref import WeakSet
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from griffin_gguf.runtime.backends.ggml import GgmlBackend, GgmlOps, GgmlState, Graph
+from griffin_gguf.runtime.backends.ggml import GgmlBackend
+from griffin_gguf.runtime.backends.ggml_memory import GgmlState
+from griffin_gguf.runtime.backends.ggml_ops import GgmlOps
+from griffin_gguf.runtime.backends.rowwise import Value
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml.device import Buffer
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.gguf_file import GgufFile
-from griffin_gguf.runtime.griffin import Rows, chunk_inputs
-from griffin_gguf.runtime.state import ring_rows
+from griffin_gguf.runtime.griffin import soft_cap
+from griffin_gguf.runtime.tuning import Tuning
 
 Encoded = NDArray[np.uint8]
 
@@ -25,11 +27,10 @@ Encoded = NDArray[np.uint8]
 class PatchedBackend(GgmlBackend):
     """See the module's head. Keys and values are of the type that the file's own embedding asks for."""
 
-    def __init__(self, file: GgufFile, threads: int | None = None) -> None:
-        super().__init__(file, threads)
+    def __init__(self, file: GgufFile, tuning: Tuning | None = None) -> None:
+        super().__init__(file, tuning)
         self._own = dict(self.weights.tensors)
         self._patch: tuple[Context, Buffer] | None = None
-        self._states: WeakSet[GgmlState] = WeakSet()
 
     def patch(
         self, types: Mapping[str, GGMLQuantizationType], encoded: Callable[[str, GGMLQuantizationType], Encoded]
@@ -55,25 +56,18 @@ class PatchedBackend(GgmlBackend):
         self._patch = context, buffer
         self.weights.tensors.update(tensors)
 
-    def run(self, tokens: NDArray[np.int32], state: GgmlState, rows: Rows) -> NDArray[np.float32] | None:
-        """Feed one chunk: logits [T, V], [1, V] or None."""
-        self._states.add(state)
-        return super().run(tokens, state, rows)
-
     def hidden(self, tokens: NDArray[np.int32], state: GgmlState) -> NDArray[np.float32]:
         """Feed one chunk up to the head's product: what goes into it, f32 [T, H]."""
-        graph = Graph(self, state, len(tokens), "every", self._chunk_allocator, _HeadlessOps)
-        self._chunk_graph = None  # its intermediate values lie where this graph's do
-        found = graph.run(self.device, chunk_inputs(self.hp, tokens, state.position, ring_rows(self.hp)))
+        found = self.graph([(tokens, state)], "every", kind=_HeadlessOps).run([tokens], [state.position])
         assert found is not None
-        state.position += len(tokens)
+        state.move(len(tokens), None, None, traced=False)
         return found
 
     def own_logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits f32 [T, V] of the file's own head for what `hidden` returned, whatever is replaced."""
         context = Context(8, nodes=8)
         x = context.input(hidden.shape)
-        logits = context.output(GgmlOps(context, self._own, self.hp).head(x))
+        z = context.output(context.matmul(self._own["output.weight" if self.hp.untied else "token_embd.weight"], x))
         lacking = self.device.unsupported(context)
         if lacking:
             raise BackendError(f"ggml: {self.device.name} has no operation {lacking} for this model's types")
@@ -82,7 +76,7 @@ class PatchedBackend(GgmlBackend):
             allocator.place(context)
             self.device.write(x, hidden)
             self.device.run(context)
-            return self.device.read(logits)
+            return soft_cap(self.hp, self.device.read(z))
         finally:
             allocator.close()
             context.close()
@@ -95,9 +89,7 @@ class PatchedBackend(GgmlBackend):
 
     def _restore(self) -> None:
         """Put the file's own weights back. Graphs hold the addresses of weights: all are to be built anew."""
-        self._chunk_graph = None
-        for state in self._states:
-            state.token_graph = None
+        self.forget_graphs()
         self.weights.tensors.update(self._own)
         if self._patch is not None:
             context, buffer = self._patch
@@ -109,5 +101,5 @@ class PatchedBackend(GgmlBackend):
 class _HeadlessOps(GgmlOps):
     """The operations without the head's product."""
 
-    def head(self, x: Tensor) -> Tensor:
-        return x
+    def head(self, x: Value) -> Tensor:
+        return self._whole(x)[0]

@@ -25,7 +25,7 @@ GGML_VERSION = "0.25.3"
 F32, F16, I32, I64 = 0, 1, 26, 27
 
 # enum ggml_backend_dev_type
-DEVICE_CPU = 0
+DEVICE_CPU, DEVICE_GPU, DEVICE_IGPU = 0, 1, 2
 
 # enum ggml_backend_buffer_usage
 USAGE_WEIGHTS = 1
@@ -81,6 +81,7 @@ _PROTOTYPES: dict[str, str] = {
     # about the library
     "ggml_version": "s",
     "ggml_log_set": "v pp",
+    "ggml_set_abort_callback": "p p",
     # quantization: type, src (f32), dst, first element, rows, row length, importance (f32 or NULL)
     "ggml_quantize_chunk": "z ipplllp",
     # contexts and tensors: ne0 is the fastest dimension
@@ -109,6 +110,14 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_sigmoid": "p pp",
     "ggml_tanh": "p pp",
     "ggml_swiglu_split": "p ppp",
+    "ggml_div_inplace": "p ppp",
+    "ggml_scale_bias_inplace": "p ppff",
+    "ggml_exp_inplace": "p pp",
+    "ggml_sqrt_inplace": "p pp",
+    "ggml_sigmoid_inplace": "p pp",
+    "ggml_soft_max_ext": "p pppff",
+    "ggml_gallocr_get_buffer_size": "z pi",
+    "ggml_backend_buft_name": "s p",
     "ggml_rms_norm": "p ppf",
     "ggml_get_rows": "p ppp",
     "ggml_set_rows": "p pppp",
@@ -129,15 +138,26 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_gallocr_free": "v p",
     "ggml_gallocr_alloc_graph": "b pp",
     # devices, buffers, data
-    "ggml_backend_init_best": "p",
     "ggml_backend_free": "v p",
     "ggml_backend_get_device": "p p",
     "ggml_backend_get_default_buffer_type": "p p",
+    "ggml_backend_dev_by_type": "p i",
+    "ggml_backend_dev_description": "s p",
     "ggml_backend_dev_get_props": "v pP",
     "ggml_backend_dev_backend_reg": "p p",
     "ggml_backend_dev_buffer_from_host_ptr": "p ppzz",
     "ggml_backend_dev_supports_op": "b pp",
     "ggml_backend_reg_get_proc_address": "p ps",
+    "ggml_backend_reg_by_name": "p s",
+    "ggml_backend_reg_name": "s p",
+    "ggml_backend_reg_dev_count": "z p",
+    "ggml_backend_reg_dev_get": "p pz",
+    "ggml_backend_register": "v p",
+    "ggml_backend_load": "p s",
+    "ggml_backend_dev_count": "z",
+    "ggml_backend_dev_get": "p z",
+    "ggml_backend_dev_name": "s p",
+    "ggml_backend_dev_init": "p ps",
     "ggml_backend_alloc_ctx_tensors_from_buft": "p pp",
     "ggml_backend_buffer_free": "v p",
     "ggml_backend_buffer_clear": "v pB",
@@ -148,14 +168,35 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_backend_tensor_get": "v ppzz",
     "ggml_backend_tensor_copy": "v pp",
     "ggml_backend_graph_compute": "i pp",
+    # several devices: backends, buffer types (NULL: the default), their count, tensors of a graph, parallel, offload
+    "ggml_backend_sched_new": "p ppizbb",
+    "ggml_backend_sched_free": "v p",
+    "ggml_backend_sched_set_tensor_backend": "v ppp",
+    "ggml_backend_sched_alloc_graph": "b pp",
+    "ggml_backend_sched_graph_compute": "i pp",
+    "ggml_backend_sched_get_n_splits": "i p",
 }
 
 #: `ggml_log_callback`: level, text, user data.
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LOG_LEVEL_ERROR = 4
 
+#: `ggml_abort_callback_t`: the message; the process ends when it returns.
+ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
 #: `ggml_backend_set_n_threads_t`, had by proc address from a device's registry.
 SET_N_THREADS = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)
+
+#: `ggml_backend_dev_get_extra_bufts_t`, likewise: a device to its further buffer types, the last one NULL.
+GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+
+#: `ggml_backend_rpc_add_server_t`, likewise: endpoint to the registry of its devices.
+RPC_ADD_SERVER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
+
+#: `ggml_backend_rpc_start_server_t`, likewise: endpoint, folder of the cache or NULL, threads, devices; never returns.
+RPC_START_SERVER = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+)
 
 
 class Library:

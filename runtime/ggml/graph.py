@@ -43,6 +43,8 @@ class Context:
         if not self._handle:
             raise BackendError("ggml: out of memory for a context")
         self.graph: int = self.lib.ggml_new_graph_custom(self._handle, nodes, False) if nodes else 0
+        self.in_place: list[int] = []  # nodes that write into another tensor: only where that lies can they run
+        self.begins: list[tuple[int, int]] = [(0, -1)]  # see `begin`
 
     @property
     def handle(self) -> int:
@@ -139,31 +141,54 @@ class Context:
         """x -= y; the result is `x` at the same place, to be used in its stead."""
         return self._binary("sub_inplace", x, y)
 
+    def div_into(self, x: Tensor, y: Tensor) -> Tensor:
+        """x /= y; the result is `x` at the same place, to be used in its stead."""
+        return self._binary("div_inplace", x, y)
+
+    def unary_into(self, op: str, x: Tensor) -> Tensor:
+        """As `unary`, at the place of `x`; the result is to be used in its stead."""
+        return self._in_place(self.unary(f"{op}_inplace", x))
+
+    def scale_into(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
+        """x = factor · x + bias; the result is `x` at the same place, to be used in its stead."""
+        return self._in_place(Tensor(self.lib.ggml_scale_bias_inplace(self.handle, x.handle, factor, bias), x.shape))
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        self.in_place.append(x.handle)
+        return x
+
     def _binary(self, op: str, x: Tensor, y: Tensor) -> Tensor:
         padded = (1,) * (len(x.shape) - len(y.shape)) + y.shape
         assert all(n % m == 0 for n, m in zip(x.shape, padded, strict=True)), (op, x.shape, y.shape)
-        return Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle, y.handle), x.shape)
+        result = Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle, y.handle), x.shape)
+        return self._in_place(result) if op.endswith("_inplace") else result
 
     def scale(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
         """factor · x + bias."""
         return Tensor(self.lib.ggml_scale_bias(self.handle, x.handle, factor, bias), x.shape)
 
     def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
-        """x @ weight.T: weight [.., M, K] of any type, x [.., T, K] -> [.., T, M] in f32."""
+        """x @ weight.T: weight [.., M, K] of any type, x [.., T, K] -> [.., T, M] in f32.
+
+        Of several weights, each serves as many of the x as their numbers are multiples of each other.
+        """
         assert weight.shape[-1] == x.shape[-1], (weight.shape, x.shape)
-        assert weight.shape[:-2] == x.shape[:-2], (weight.shape, x.shape)
+        assert len(weight.shape) == len(x.shape), (weight.shape, x.shape)
+        assert all(n % m == 0 for n, m in zip(x.shape[:-2], weight.shape[:-2], strict=True)), (weight.shape, x.shape)
         shape = (*x.shape[:-1], weight.shape[-2])
         return Tensor(self.lib.ggml_mul_mat(self.handle, weight.handle, x.handle), shape)
 
-    def gelu_gate(self, x: Tensor, y: Tensor) -> Tensor:
+    def gelu_gate(self, x: Tensor, y: Tensor, *, own_x: bool = False, own_y: bool = False) -> Tensor:
         """gelu_tanh(x) · y, exact to f32: gelu_tanh(x) = x·σ(u) with u = x·s, s = 2·sqrt(2/π)·(1 + 0.044715 x²).
 
-        So it is u·σ(u) · y/s. ggml's own gelu reads a table of f16, off by up to 5e-4 of the value.
+        So it is u·σ(u) · y/s. ggml's own gelu reads a table of f16, off by up to 5e-4 of the value. What the caller
+        owns of `x` and `y` is overwritten.
         """
         assert x.shape == y.shape, (x.shape, y.shape)
         slope = 2 * sqrt(2 / pi)
-        s = self.scale(self.unary("sqr", x), 0.044715 * slope, slope)
-        u, v = self.mul(x, s), self._binary("div", y, s)
+        s = self.scale_into(self.unary("sqr", x), 0.044715 * slope, slope)
+        v = self.div_into(y, s) if own_y else self._binary("div", y, s)
+        u = self.mul_into(x, s) if own_x else self.mul(x, s)
         return Tensor(self.lib.ggml_swiglu_split(self.handle, u.handle, v.handle), x.shape)
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
@@ -182,29 +207,48 @@ class Context:
         assert ids.type == abi.I64, ids
         assert table.shape[1] == values.shape[1], (table.shape, values.shape)
         handle = self.lib.ggml_set_rows(self.handle, table.handle, values.handle, ids.handle)
-        return Tensor(handle, table.shape, table.type)
+        return self._in_place(Tensor(handle, table.shape, table.type))
 
     def concat(self, x: Tensor, y: Tensor) -> Tensor:
-        """`x` [M, A] before `y` [M, B] along the last dimension."""
-        assert x.shape[0] == y.shape[0], (x.shape, y.shape)
+        """`x` [.., A] before `y` [.., B] along the last dimension."""
+        assert x.shape[:-1] == y.shape[:-1], (x.shape, y.shape)
         handle = self.lib.ggml_concat(self.handle, x.handle, y.handle, 0)
-        return Tensor(handle, (x.shape[0], x.shape[1] + y.shape[1]), x.type)
+        return Tensor(handle, (*x.shape[:-1], x.shape[-1] + y.shape[-1]), x.type)
+
+    def stack(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rows of `x` [A, W] before those of `y` [B, W]."""
+        assert len(x.shape) == 2, x.shape
+        assert x.shape[1] == y.shape[1], (x.shape, y.shape)
+        handle = self.lib.ggml_concat(self.handle, x.handle, y.handle, 1)
+        return Tensor(handle, (x.shape[0] + y.shape[0], x.shape[1]), x.type)
 
     def conv(self, x: Tensor, taps: Tensor) -> Tensor:
-        """Depthwise: x [W, C-1+T], taps [W, C] -> [T, W], sum over k of taps[:, k] · x[:, t+k]."""
-        width, length = x.shape
-        count = length - taps.shape[1] + 1
-        padded = self.reshape(x, (1, width, length))
-        handle = self.lib.ggml_ssm_conv(self.handle, padded.handle, taps.handle)
-        return self.reshape(Tensor(handle, (1, count, width)), (count, width))
+        """Depthwise: x [S, W, C-1+T], taps [W, C] -> [S, T, W], sum over k of taps[:, k] · x[.., t+k]."""
+        texts, width, length = x.shape
+        handle = self.lib.ggml_ssm_conv(self.handle, x.handle, taps.handle)
+        return Tensor(handle, (texts, length - taps.shape[1] + 1, width))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """softmax(scale · q kᵀ + mask) v: q [N, T, D], k and v [K, R, D], mask f16 [T, R] -> [T, N, D]."""
+        """softmax(scale · q kᵀ + mask) v: q [N, T, D], k and v [K, R, D], mask f16 [T, R] -> [T, N, D].
+
+        ggml's flash attention, which never holds the scores.
+        """
         heads, count, width = q.shape
         assert mask.type == abi.F16, mask
         assert mask.shape == (count, k.shape[1]), (mask.shape, q.shape, k.shape)
         handle = self.lib.ggml_flash_attn_ext(self.handle, q.handle, k.handle, v.handle, mask.handle, scale, 0.0, 0.0)
         return Tensor(handle, (count, heads, width))
+
+    def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """The same by two products and a softmax: `k` and `v` meet the values in their own type."""
+        heads, count, width = q.shape
+        assert mask.type == abi.F16, mask
+        assert mask.shape == (count, k.shape[1]), (mask.shape, q.shape, k.shape)
+        scores = self.matmul(k, q)  # [N, T, R]
+        weights = self.lib.ggml_soft_max_ext(self.handle, scores.handle, mask.handle, scale, 0.0)
+        turned = self.lib.ggml_cont(self.handle, self.lib.ggml_permute(self.handle, v.handle, 1, 0, 2, 3))
+        across = Tensor(turned, (v.shape[0], width, v.shape[1]), v.type)  # [K, D, R]
+        return self.dense(self.swap(self.matmul(across, Tensor(weights, scores.shape))))
 
     # -- the graph ----------------------------------------------------------------------------------
 
@@ -216,7 +260,16 @@ class Context:
     def store(self, value: Tensor, target: Tensor) -> None:
         """Copy `value` into a tensor that outlives the graph, at this point of its order."""
         assert prod(value.shape) == prod(target.shape), (value.shape, target.shape)
-        self.expand(Tensor(self.lib.ggml_cpy(self.handle, value.handle, target.handle), target.shape, target.type))
+        handle = self.lib.ggml_cpy(self.handle, value.handle, target.handle)
+        self.expand(self._in_place(Tensor(handle, target.shape, target.type)))
+
+    def begin(self, layer: int, x: Tensor) -> None:
+        """What comes into the graph after `x`, the last value of what is before, belongs to `layer`.
+
+        Before the first one it belongs to none, layer -1: the embedding. Several devices divide a graph there.
+        """
+        self.expand(x)
+        self.begins.append((self.lib.ggml_graph_n_nodes(self.graph), layer))
 
     def is_used(self, x: Tensor) -> bool:
         """Whether some node of the placed graph reads the input `x`: only then has it memory."""

@@ -49,7 +49,8 @@ def _by_ggml(device: Device, data: Arrays) -> NDArray[np.float32]:
     seen = np.arange(_R) <= np.arange(_T)[:, None]
     mask = given(np.where(seen, 0, -np.inf).astype(np.float16), abi.F16)
 
-    c = g.conv(g.concat(tail, g.dense(g.transpose(x))), taps)
+    padded = g.concat(tail, g.dense(g.transpose(x)))
+    c = g.reshape(g.conv(g.reshape(padded, (1, *padded.shape)), taps), x.shape)
     keys = g.reshape(g.set_rows(ring, c, slots), (1, _R, _D))
     mixed = g.reshape(g.attention(g.swap(g.reshape(c, (_T, 1, _D))), keys, keys, mask, _D**-0.5), (_T, _D))
     result = g.output(g.scale(g.gelu_gate(g.matmul(weight, mixed), mixed), 2.0, 1.0))

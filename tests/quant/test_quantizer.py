@@ -16,7 +16,8 @@ from griffin_gguf.quant.imatrix import Entry, ImportanceMatrix
 from griffin_gguf.quant.overrides import TensorTypes
 from griffin_gguf.quant.quantizer import Settings, dry_run, quantize
 from griffin_gguf.quant.recipes import plan
-from griffin_gguf.quant.writer import CHECKSUMS, Output, write
+from griffin_gguf.quant.writer import Output, write
+from griffin_gguf.runtime.arch import CHECKSUMS
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 

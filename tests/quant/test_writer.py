@@ -1,5 +1,4 @@
 import errno
-import io
 import os
 import resource
 import signal
@@ -23,8 +22,8 @@ from griffin_gguf.quant import writer
 from griffin_gguf.quant.encode import EncodingError, encode, encoder
 from griffin_gguf.quant.file_types import FILE_TYPES, file_type
 from griffin_gguf.quant.recipes import Planned, plan
-from griffin_gguf.quant.writer import CHECKSUMS, Output, file_size, files, write
-from griffin_gguf.runtime.arch import Tensor
+from griffin_gguf.quant.writer import Output, file_size, files, write
+from griffin_gguf.runtime.arch import CHECKSUMS, Tensor
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 
@@ -226,22 +225,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
     write([output(tmp_path / "a.gguf")], ENCODE)
 
 
-def test_a_system_that_writes_less_than_it_was_given() -> None:
-    class Reluctant(io.RawIOBase):
-        written = b""
-
-        def write(self, data: Any) -> int:
-            self.written += bytes(data[:7])
-            return min(7, len(data))
-
-    raw = Reluctant()
-    file = writer.PartialFile(Path("a.gguf"), raw)
-    file.write(bytes(range(100)))
-    file.write(np.arange(6, dtype=np.uint8).reshape(2, 3).data)
-    assert raw.written == bytes(range(100)) + bytes(range(6))
-    assert file.position == 106
-
-
 def test_a_disk_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(handle: int) -> None:
         raise OSError(5, "Input/output error")
@@ -315,14 +298,6 @@ def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(GriffinError, match=r"a\.gguf: cannot be written: Read-only file system"):
         write([output(tmp_path / "a.gguf")], encoder(never))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(GriffinError, match="pipe: is no regular file"):
-        writer.check_targets([tmp_path / "pipe"])
-    with pytest.raises(GriffinError, match="no regular file"):
-        writer.check_targets([Path(os.devnull)])
 
 
 def test_checksums_are_of_the_bytes_as_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state
-from griffin_gguf.runtime.backends.ggml import GgmlOps, block_length, scan_nodes
+from griffin_gguf.runtime.backends.ggml_ops import block_length, scan, scan_nodes
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.device import Device
@@ -54,11 +54,11 @@ def test_the_blocked_scan_equals_the_recurrence(device: Device, count: int, seed
     expected, last = np.empty((count, width)), h.astype(np.float64)
     for t in range(count):
         last = expected[t] = a[t] * last + b[t]
-    ops = GgmlOps.scan
 
     def build(context: Context, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        # A copy of b, since the scan works in place.
-        return ops(GgmlOps(context, {}, None), a, context.scale(b, 1.0), h)  # pyright: ignore[reportArgumentType]
+        out = context.scale(b, 1.0)  # a copy, since the scan works in place
+        scan(context, a, out, h)
+        return out
 
     found, carried = compute(device, build, a, b, h, keep=2)
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -97,12 +97,13 @@ def test_the_self_test_passes_here(device: Device) -> None:
 
 def test_the_self_test_sees_arguments_in_another_order(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a release had exchanged the two numbers of ggml_scale_bias, which no linker would notice."""
-    real = device.lib.ggml_scale_bias
+    lib = abi.load()
+    real = lib.ggml_scale_bias
 
     def exchanged(context: int, x: int, factor: float, bias: float) -> int:
         return real(context, x, bias, factor)
 
-    monkeypatch.setattr(device.lib, "ggml_scale_bias", exchanged)
+    monkeypatch.setattr(lib, "ggml_scale_bias", exchanged)
     with pytest.raises(BackendError, match=f"self-test.*{abi.GGML_VERSION}"):
         selftest(device)
 

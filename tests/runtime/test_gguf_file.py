@@ -1,9 +1,11 @@
 import os
 import struct
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,12 +14,18 @@ import pytest
 from checkpoints import random_checkpoint
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as T
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from griffin_gguf.convert import convert
+from griffin_gguf.runtime import gguf_header
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
-from griffin_gguf.runtime.gguf_file import GgufFile, dequantize
+from griffin_gguf.runtime.gguf_file import (
+    GgufFile,
+    _touch,  # pyright: ignore[reportPrivateUsage]
+    dequantize,
+)
 
 U32, U64, STRING, ARRAY = 4, 10, 8, 9
 
@@ -237,6 +245,126 @@ def test_what_is_no_file(tmp_path: Path):
     ):
         with pytest.raises(FileFormatError, match=message):
             GgufFile.open(path)
+
+
+# ---- arrays of many strings, read many at once
+
+
+def strings(items: list[bytes]) -> bytes:
+    return key("k", ARRAY, u32(STRING) + u64(len(items)) + b"".join(map(string, items)))
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two strings in a window of 64 bytes are many."""
+    monkeypatch.setattr("griffin_gguf.runtime.gguf_header._FEW_STRINGS", 2)
+    monkeypatch.setattr("griffin_gguf.runtime.gguf_header._WINDOW", 64)
+
+
+ODD = ["", "a", "\0", "a\0", "\0" * 8, "\0" * 20, "▁the", "👍", "x" * 255, "x" * 256, "\x01" + "\0" * 7]
+ITEMS = st.sampled_from(ODD) | st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+@pytest.mark.usefixtures("many")
+@given(st.lists(ITEMS, max_size=40), st.text("ab\0", max_size=3))
+@example(items=["abc"] * 3, after="")  # what follows the array might pass for more of it
+def test_strings_are_read_as_they_were_written(tmp_path: Path, items, after):
+    path = tmp_path / "strings.gguf"
+    path.write_bytes(build([strings([item.encode() for item in items]), key("z", STRING, string(after))]))
+    with GgufFile.open(path) as file:
+        assert file.metadata == {"k": items, "z": after}
+
+
+@pytest.mark.usefixtures("many")
+@given(st.lists(st.sampled_from([b"a", b"the", b"\xff", b"\xe2\x96", b"\0", b"x" * 300]), max_size=40))
+def test_the_first_string_that_is_no_unicode_is_named(tmp_path: Path, items):
+    path = tmp_path / "strings.gguf"
+    path.write_bytes(build([strings(items)]))
+    bad = next((i for i, item in enumerate(items) if item in (b"\xff", b"\xe2\x96")), None)
+    if bad is None:
+        assert GgufFile.open(path).metadata["k"] == [item.decode() for item in items]
+    else:
+        with pytest.raises(FileFormatError, match=rf"k\[{bad}\]: is not UTF-8"):
+            GgufFile.open(path)
+
+
+@pytest.mark.usefixtures("many")
+def test_strings_after_one_that_is_too_long_are_not_taken_for_the_first(opened):
+    raw = key("k", ARRAY, u32(STRING) + u64(4) + b"\1" * 8 + string("abc") * 3 + string("abc"))
+    with pytest.raises(FileFormatError, match=r"k\[0\]: says 72340172838076673 items"):
+        opened(build([raw]))
+
+
+@pytest.mark.usefixtures("many")
+def test_a_cut_in_many_strings_is_named(tmp_path: Path):
+    path = tmp_path / "cut.gguf"
+    items = [b"%d" % i for i in range(30)]
+    whole = build([strings(items)])
+    start = whole.index(string(items[0]))
+    for length in range(start + 8 * len(items), start + sum(len(string(item)) for item in items)):
+        path.write_bytes(whole[:length])
+        read = next(i for i in range(30) if start + sum(len(string(item)) for item in items[: i + 1]) > length)
+        with pytest.raises(FileFormatError, match=rf"k\[{read}\]: "):
+            GgufFile.open(path)
+
+
+def test_a_vocabulary_is_read_at_once(opened, monkeypatch):
+    items = [f"token {i}" for i in range(20_000)]
+    lengths: list[int] = []
+    plain = gguf_header._read_plain_strings  # pyright: ignore[reportPrivateUsage]
+
+    def spy(*arguments: Any) -> list[str]:
+        found = plain(*arguments)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(gguf_header, "_read_plain_strings", spy)
+    assert opened(build([strings([item.encode() for item in items])])).metadata["k"] == items
+    assert lengths[0] > 18_000
+
+
+# ---- reading ahead
+
+
+def test_warm_ends_with_the_file(opened):
+    file = opened(SMALL)
+    file.warm()
+    file.warm()
+    file.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "griffin-warm"]
+
+
+def test_warm_touches_every_part_of_the_map_until_closed(monkeypatch):
+    monkeypatch.setattr("griffin_gguf.runtime.gguf_file._TOUCHES", 2)
+    touched: list[tuple[int, int]] = []
+    closed = threading.Event()
+
+    class Recorder:
+        def __init__(self, size: int, last: bool) -> None:
+            self.size, self.last = size, last
+
+        def __len__(self) -> int:
+            return self.size
+
+        def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+            touched.extend((self.size, at) for at in range(*part.indices(self.size)))
+            if self.last:
+                closed.set()
+            return np.zeros(1, np.uint8)
+
+    mappings: Any = [Recorder(5 << 16, last=False), Recorder(1, last=False), Recorder((5 << 16) + 1, last=True)]
+    _touch(mappings, closed)
+    assert touched == (
+        [(5 << 16, at << 16) for at in range(5)] + [(1, 0)] + [((5 << 16) + 1, at << 16) for at in range(2)]
+    )
+
+
+def test_nothing_is_warmed_that_does_not_fit_into_memory(opened, monkeypatch):
+    started: list[Any] = []
+    monkeypatch.setattr("threading.Thread.start", started.append)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=len(SMALL) - 1))
+    opened(SMALL).warm()
+    assert not started
 
 
 # ---- random bytes and round trips

@@ -17,6 +17,7 @@ from griffin_gguf.runtime.backends import Backend
 from griffin_gguf.runtime.backends.ggml import GgmlBackend
 from griffin_gguf.runtime.backends.numpy import NumpyBackend
 from griffin_gguf.runtime.gguf_file import MATRIX_TYPES, GgufFile
+from griffin_gguf.runtime.tuning import Tuning
 
 HP = griffins.tiny(layers=2, recurrent=(True, False), mlp_width=256, lru_width=256, gate_blocks=1, vocab=256)
 WEIGHTS = griffins.weights(HP)
@@ -74,7 +75,7 @@ def model(path: Path, type: T) -> Path:
 
 
 def logits_of(backend: Backend, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    found = backend.run(tokens, backend.new_state(), "every")
+    found = backend.run([(tokens, backend.new_state())], "every")
     backend.close()
     assert found is not None
     return found
@@ -85,6 +86,6 @@ def test_both_backends_compute_the_same(tmp_path: Path, type: T) -> None:
     tokens = np.random.default_rng(1).integers(0, HP.vocab, 12).astype(np.int32)
     with GgufFile.open(model(tmp_path / "m.gguf", type)) as file:
         assert file.tensors["blk.0.ssm_gate_i.weight"].type is type
-        logits = [logits_of(backend, tokens) for backend in (NumpyBackend(file), GgmlBackend(file, threads=1))]
+        logits = [logits_of(backend, tokens) for backend in (NumpyBackend(file), GgmlBackend(file, Tuning(threads=1)))]
     difference = np.sqrt(((logits[1] - logits[0]) ** 2).mean()) / np.sqrt((logits[0] ** 2).mean())
     assert difference <= BARS.get(type, BYTES)

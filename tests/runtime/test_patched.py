@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from griffin_gguf.quant.encode import encode
 from griffin_gguf.quant.quantizer import Settings, quantize
 from griffin_gguf.runtime import load
+from griffin_gguf.runtime.backends.ggml_memory import GgmlState
 from griffin_gguf.runtime.backends.patched import PatchedBackend
 from griffin_gguf.runtime.gguf_file import GgufFile, dequantize
+from griffin_gguf.runtime.tuning import Tuning
 
 TOKENS = np.array([2, 9, 31, 7, 100, 54, 3, 88, 12, 4, 60, 21], np.int32)
 
@@ -31,7 +33,7 @@ def source(folder: Path) -> Path:
 @pytest.fixture
 def backend(source: Path) -> Iterator[PatchedBackend]:
     with GgufFile.open(source) as file:
-        made = PatchedBackend(file, threads=1)
+        made = PatchedBackend(file, Tuning(threads=1))
         yield made
         made.close()
 
@@ -48,8 +50,14 @@ class Encoder:
 
 
 def logits(backend: PatchedBackend) -> NDArray[np.float32]:
-    found = backend.run(TOKENS, backend.new_state(), "every")
+    return fed(backend, TOKENS, backend.new_state())
+
+
+def fed(backend: PatchedBackend, tokens: NDArray[np.int32], state: GgmlState) -> NDArray[np.float32]:
+    """Every token's logits."""
+    found = backend.run([(tokens, state)], "every")
     assert found is not None
+    state.move(len(tokens), None, None, traced=False)
     return found
 
 
@@ -89,14 +97,14 @@ def test_a_state_goes_on_with_the_new_weights(source: Path, backend: PatchedBack
     types = dict.fromkeys(matrices(source), T.Q4_0)
     state, steady = backend.new_state(), backend.new_state()
     for s in (state, steady):
-        backend.run(TOKENS[:1], s, "last")
+        fed(backend, TOKENS[:1], s)
     backend.patch(types, Encoder(source))
     copy = state.copy()
-    coarse = backend.run(TOKENS[1:2], copy, "last")
+    coarse = fed(backend, TOKENS[1:2], copy)
     backend.patch({}, Encoder(source))
-    fine = backend.run(TOKENS[1:2], state, "last")
-    assert np.array_equal(fine, backend.run(TOKENS[1:2], steady, "last"))  # pyright: ignore[reportArgumentType]
-    assert not np.array_equal(fine, coarse)  # pyright: ignore[reportArgumentType]
+    fine = fed(backend, TOKENS[1:2], state)
+    assert np.array_equal(fine, fed(backend, TOKENS[1:2], steady))
+    assert not np.array_equal(fine, coarse)
 
 
 def test_the_files_own_logits_can_be_had_from_what_goes_into_the_head(source: Path, backend: PatchedBackend) -> None:

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from vocabularies import CONTROL, USER_DEFINED, metadata_of, processor, train
 
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
-from griffin_gguf.runtime.tokenizer import StreamDecoder, Tokenizer
+from griffin_gguf.runtime.sentencepiece_proto import bpe_model
+from griffin_gguf.runtime.tokenizer import (
+    StreamDecoder,
+    Tokenizer,
+    _all_sound,  # pyright: ignore[reportPrivateUsage]
+    _first_fault,  # pyright: ignore[reportPrivateUsage]
+)
 
 DEMO = Path(__file__).parents[2] / "cli" / "demo_model" / "tokenizer.model"
 PATH = Path("model.gguf")
@@ -271,6 +277,7 @@ def test_a_bad_value_is_named(name: str, value: Any, problem: str) -> None:
     [
         ("scores", 300, math.nan, "tokenizer.ggml.scores: token 300: expected a finite number, found nan"),
         ("scores", 300, -math.inf, "tokenizer.ggml.scores: token 300: expected a finite number"),
+        ("scores", 300, 1e300, "tokenizer.ggml.scores: token 300: expected a number of float32, found 1e"),
         ("token_type", 300, 7, "tokenizer.ggml.token_type: token 300: 7 is no token type"),
         ("token_type", 300, 0, "tokenizer.ggml.token_type: token 300: 0 is no token type"),
         ("token_type", 300, int(TokenType.UNKNOWN), r"one token of type unknown, with id 3, found 2: \[3, 300\]"),
@@ -291,6 +298,60 @@ def test_a_bad_token_is_named(name: str, token: int, value: Any, problem: str) -
     metadata[f"tokenizer.ggml.{name}"][token] = value
     with pytest.raises(FileFormatError, match=problem):
         Tokenizer.from_gguf(PATH, metadata)
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "cd", "", "\0", "e\0f", "\ud800", "▁"]) | st.text(max_size=4), max_size=5),
+    st.lists(st.sampled_from([-1.5, 0.0, 3.4e38, 3.5e38, -1e300, math.nan, -math.inf]), min_size=5, max_size=5),
+    st.lists(st.integers(-1, 7), min_size=5, max_size=5),
+)
+def test_tokens_are_refused_all_at_once_as_they_are_one_by_one(
+    some: list[str], scores: list[float], types: list[int]
+) -> None:
+    tokens = ["<unk>", *some]
+    kinds = [int(TokenType.UNKNOWN), *(int(kind) for kind in types[: len(some)])]
+    values = [0.0, *scores[: len(some)]]
+    sound = (
+        all(abs(score) < 3.45e38 for score in values)
+        and all(1 <= kind <= 6 for kind in kinds)
+        and all(token and "\0" not in token and token != "\ud800" for token in tokens)
+        and len(set(tokens)) == len(tokens)
+    )
+    assert _all_sound(tokens, values, kinds) is sound
+    if not sound:
+        assert isinstance(_first_fault(PATH, tokens, values, kinds), FileFormatError)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+            | st.sampled_from(["x" * 127, "x" * 128, "▁" * 100, "👍" * 9]),
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+            st.sampled_from([1, 3, 4, 5]),
+        ),
+        max_size=20,
+        unique_by=lambda entry: entry[0],
+    ),
+    st.integers(1, 300),
+)
+def test_sentencepiece_reads_what_was_put_together(entries: list[tuple[str, float, int]], at_once: int) -> None:
+    entries = [("<unk>", 0.0, 2), *((name, 0.0, 6) for name in BYTES), *entries]
+    tokens, scores, types = map(list, zip(*{entry[0]: entry for entry in entries}.values(), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("griffin_gguf.runtime.sentencepiece_proto._SLICE", at_once)
+        oracle = processor(bpe_model(tokens, scores, types, space_prefix=False))
+    ids = range(oracle.vocab_size())
+    assert [oracle.id_to_piece(i) for i in ids] == tokens
+    assert [oracle.get_score(i) for i in ids] == scores
+    assert [oracle.is_unknown(i) for i in ids] == [kind == 2 for kind in types]
+    assert [oracle.is_control(i) for i in ids] == [kind == 3 for kind in types]
+    assert [oracle.is_unused(i) for i in ids] == [kind == 5 for kind in types]
+    assert [oracle.is_byte(i) for i in ids] == [kind == 6 for kind in types]
 
 
 @pytest.mark.parametrize(
