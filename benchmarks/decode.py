@@ -68,7 +68,8 @@ def measure(backend: GgmlBackend, name: str, count: int, repeats: int, rounds: i
         ours.append(median(seconds(lambda: whole(backend, prompt[:count], state)) for _ in range(repeats)))
         bare.append(median(seconds(products) for _ in range(repeats)))
     ratios = [b / o for o, b in zip(ours[1:], bare[1:], strict=True)]
-    print(f"{name:8} whole {count / median(ours[1:]):7.2f} tokens/s, products {count / median(bare[1:]):7.2f} tokens/s, "
+    speeds = [count / median(times[1:]) for times in (ours, bare)]
+    print(f"{name:8} whole {speeds[0]:7.2f} tokens/s, products {speeds[1]:7.2f} tokens/s, "
           f"ratio {median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})", flush=True)  # fmt: skip
 
 

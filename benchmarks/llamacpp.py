@@ -4,7 +4,9 @@ python benchmarks/llamacpp.py FOLDER [--types Q4_K_M ...] [--rounds 7] [--thread
 
 FOLDER keeps the files of random weights (some 14 GB for all four types). The models are not quite of one size, so
 decode is given by bytes of weights read, and prefill by multiplications. Both run in turn, round by round: a
-machine's mood hits both alike. llama.cpp is what llama-cpp-python installs, with its own defaults but for threads.
+machine's mood hits both alike. Ours is given with weights mapped from the file ("mapped"), and with a copy beside them
+in the order of the CPU's own kernels for single tokens ("both"). llama.cpp is what llama-cpp-python installs, with its
+own defaults but for threads.
 """
 
 import argparse
@@ -18,12 +20,18 @@ from numpy.typing import NDArray
 from scale import machine, random_gguf
 from timing import seconds
 
-from griffin_gguf.runtime import load
+from griffin_gguf.runtime import Model
+from griffin_gguf.runtime.backends.ggml import GgmlBackend
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.machine import compute_threads
+from griffin_gguf.runtime.tokenizer import Tokenizer
+from griffin_gguf.runtime.tuning import Buffers, Tuning
 
+THEIRS = "llama.cpp"
 PROMPT = 512
 DECODED = 8  # tokens a round
+
+_SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)  # it tells on stderr what it loads
 
 
 class Llama:
@@ -55,11 +63,6 @@ class Llama:
         llama_cpp.llama_model_free(self._model)
 
 
-@llama_cpp.llama_log_callback
-def _SILENT(level: int, text: bytes, data: object) -> None:
-    """llama.cpp tells on stderr what it loads; not here."""
-
-
 def matrices(path: Path) -> tuple[int, int]:
     """Bytes of weights that one token reads, and multiplications that one token of a prompt takes without the head."""
     with GgufFile.open(path) as file:
@@ -67,34 +70,57 @@ def matrices(path: Path) -> tuple[int, int]:
     return sum(t.nbytes for t in found), sum(int(np.prod(t.shape)) for t in found if t.name != "token_embd.weight")
 
 
+def opened(path: Path, threads: int, buffers: Buffers) -> Model:
+    """Our model with weights where `buffers` says."""
+    file = GgufFile.open(path)
+    backend = GgmlBackend(file, Tuning(threads, buffers))
+    return Model(file, Tokenizer.from_gguf(path, file.metadata), backend)
+
+
 def compare(folder: Path, type: str, rounds: int, threads: int) -> None:
-    """Print one row: both speeds and the ratios."""
+    """Print the rows of one type: the speeds, and ours as parts of llama.cpp's."""
     ours, theirs = random_gguf(folder, "2b", type), random_gguf(folder, "2b", type, gemma=True)
-    prompt = np.random.default_rng(0).integers(3, 256000, PROMPT).astype(np.int32)
+    models = {buffers: opened(ours, threads, buffers) for buffers in ("mapped", "both")}
+    states = {name: model.new_state() for name, model in models.items()}
     llama = Llama(theirs, threads)
-    decode: dict[str, list[float]] = {"ours": [], "theirs": []}
-    prefill: dict[str, list[float]] = {"ours": [], "theirs": []}
-    with load(ours, backend="ggml", threads=threads) as model:
-        for _ in range(rounds + 1):  # the first warms up
-            state = model.new_state()
-            llama.forget()
-            prefill["ours"].append(seconds(lambda s=state: model.forward(prompt, s)))
-            prefill["theirs"].append(seconds(lambda: llama.forward(prompt)))
-            one = prompt[:1]
-            decode["ours"].append(median(seconds(lambda s=state: model.forward(one, s)) for _ in range(DECODED)))
-            decode["theirs"].append(median(seconds(lambda: llama.forward(one)) for _ in range(DECODED)))
+    prompt = np.random.default_rng(0).integers(3, 256000, PROMPT).astype(np.int32)
+
+    def forward(name: str, tokens: NDArray[np.int32]) -> None:
+        if name in models:
+            models[name].forward(tokens, states[name])
+        else:
+            llama.forward(tokens)
+
+    names = [*models, THEIRS]
+    decode: dict[str, list[float]] = {name: [] for name in names}
+    prefill: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + 1):  # the first warms up
+        llama.forget()
+        for state in states.values():
+            state.reset()
+        for name in names:
+            prefill[name].append(seconds(lambda name=name: forward(name, prompt)))
+        for name in names:
+            times = [seconds(lambda name=name: forward(name, prompt[:1])) for _ in range(DECODED)]
+            decode[name].append(median(times))
     llama.close()
+    for model in models.values():
+        model.close()
     (bytes_ours, work_ours), (bytes_theirs, work_theirs) = matrices(ours), matrices(theirs)
-    _print(f"{type} decode", "GB/s", {"ours": bytes_ours / 1e9, "theirs": bytes_theirs / 1e9}, decode)
-    work = {"ours": 2 * PROMPT * work_ours / 1e9, "theirs": 2 * PROMPT * work_theirs / 1e9}
-    _print(f"{type} prefill", "GFLOP/s", work, prefill)
+    _print(f"{type} decode", "GB/s", (bytes_ours / 1e9, bytes_theirs / 1e9), decode)
+    flops = 2 * PROMPT / 1e9
+    _print(f"{type} prefill", "GFLOP/s", (flops * work_ours, flops * work_theirs), prefill)
 
 
-def _print(name: str, unit: str, work: dict[str, float], times: dict[str, list[float]]) -> None:
-    rates = {key: [work[key] / t for t in values[1:]] for key, values in times.items()}
-    ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
-    print(f"{name:15} ours {median(rates['ours']):7.1f} {unit}, llama.cpp {median(rates['theirs']):7.1f} {unit}, "
-          f"ratio {median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})", flush=True)  # fmt: skip
+def _print(name: str, unit: str, work: tuple[float, float], times: dict[str, list[float]]) -> None:
+    """A line for each way of ours; `work` is ours and llama.cpp's of one run."""
+    theirs = [work[1] / t for t in times[THEIRS][1:]]
+    for way in times:
+        if way != THEIRS:
+            ours = [work[0] / t for t in times[way][1:]]
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            print(f"{name:15} {way:7} {median(ours):7.1f} {unit}, llama.cpp {median(theirs):7.1f} {unit}, "
+                  f"ratio {median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})", flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -40,6 +40,27 @@ Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="auto, ggml or numpy; auto takes ggml where it loads.")
 ]
 
+_DEVICES = "Devices"
+DeviceNames = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME[,NAME...]",
+        rich_help_panel=_DEVICES,
+        help="Run on these (griffin devices lists them; rpc:HOST:PORT is a server's), each with a part of the layers; "
+        "the best one unless given.",
+    ),
+]
+LayersOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers-on",
+        metavar="NAME=N",
+        rich_help_panel=_DEVICES,
+        help="So many layers on that device; those without a number share the rest by free memory. May be repeated.",
+    ),
+]
+
 _SAMPLING = "Sampling"
 Temperature = Annotated[
     float,
@@ -145,6 +166,22 @@ def parse_size(text: str) -> int:
     if not count:
         raise typer.BadParameter(f"{text!r} is no size; expected one such as 4.5GB, 500M or 2GiB")
     return count
+
+
+def parse_devices(device: str | None, layers_on: list[str] | None) -> dict[str, int | None]:
+    """Devices by name in the order of --device, with their numbers of layers; usage errors name what is wrong."""
+    names = [name.strip() for name in device.split(",")] if device else []
+    if len(set(names)) < len(names) or not all(names):
+        raise typer.BadParameter(f"--device {device}: expected names, each once, with commas between them")
+    found: dict[str, int | None] = dict.fromkeys(names)
+    for text in layers_on or ():
+        name, _, count = text.rpartition("=")
+        if name not in found:
+            raise typer.BadParameter(f"--layers-on {text}: expected NAME=N with a NAME that --device has")
+        if not count.isdecimal() or found[name] is not None:
+            raise typer.BadParameter(f"--layers-on {text}: expected one number of layers for {name}")
+        found[name] = int(count)
+    return found
 
 
 def load_imatrix(path: Path | None) -> "ImportanceMatrix | None":

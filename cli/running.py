@@ -1,7 +1,7 @@
 """Loading a model and streaming an answer, as `generate`, `chat` and `demo` do it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from griffin_gguf.runtime.speculate import Speculation
 
 
-def load_model(path: Path, backend: str, threads: int | None) -> "Model":
+def load_model(
+    path: Path, backend: str, threads: int | None, devices: Mapping[str, int | None] | None = None
+) -> "Model":
     """Load the GGUF and pass on what the loader has to say."""
     from griffin_gguf.runtime import load
 
-    model = load(path, backend=parse_backend(backend), threads=threads)
+    model = load(path, backend=parse_backend(backend), threads=threads, devices=devices)
     if model.notice:
         note(model.notice)
     return model

@@ -169,25 +169,31 @@ class _Reader:
     def __init__(self, model: Model, text: Sequence[int], last: int, progress: Progress | None) -> None:
         self._model, self._last, self._progress = model, last, progress
         self.state = model.new_state()
-        self.state.copy()  # makes room for that of `keep`: to make it later would move the state and cost it its graphs
         self._tokens = _repeated(text) if text else _random(model.hp.vocab)
+        self._warm()  # so that the first row has all the memory that a chunk needs, and there is room for two states
 
     def read(self, position: int, decode: int) -> float:
         """Read on to `position`, the last `decode` tokens or some more one at a time: so many a second."""
         for piece in _PIECES:
             while position - decode - self.state.position >= piece:
-                self._feed(self.state, piece)
-        times = [self._feed(self.state, 1) for _ in range(position - self.state.position)]
+                self._feed(self.state, self._tokens(piece))
+        times = [self._feed(self.state, self._tokens(1)) for _ in range(position - self.state.position)]
         return 1 / median(times)
 
     def keep(self) -> _Start:
         """A copy of the state as it is now."""
-        scratch = self.state.copy()
-        for piece in 2 * (*_PIECES, 1):  # twice: graphs that are built once, then what each run takes for a moment
-            self._feed(scratch, piece)
-        del scratch  # its place, and the graphs for it, are the next one's
+        self._warm()
         state = self.state.copy()
         return _Start(state.position, state, *resident_bytes())
+
+    def _warm(self) -> None:
+        """Feed chunks of all sizes to a copy, which then goes: its place, and the graphs for it, are the next one's.
+
+        Twice: first graphs are built, which stay; then there is what every run takes for a moment.
+        """
+        scratch = self.state.copy()
+        for piece in 2 * (*_PIECES, 1):
+            self._feed(scratch, np.zeros(piece, np.int32))
 
     def compare(self, start: _Start, rounds: int, speed: float) -> Change:
         """Decode on both states in turn."""
@@ -197,16 +203,17 @@ class _Reader:
         pair, ratios = [start.state, self.state], list[float]()
         for i in range(rounds):
             order = pair if i % 2 else pair[::-1]
-            times = {state is self.state: median(self._feed(state, 1) for _ in range(count)) for state in order}
+            times = {
+                state is self.state: median(self._feed(state, self._tokens(1)) for _ in range(count)) for state in order
+            }
             ratios.append(times[False] / times[True])
         low, middle, high = quantiles(ratios, n=4, method="inclusive")
         grown = None if anonymous is None or start.anonymous is None else anonymous - start.anonymous
         size = self.state.nbytes - start.state.nbytes
         return Change(start.position, late, middle, low, high, rss - start.rss, grown, size)
 
-    def _feed(self, state: State, count: int) -> float:
-        """Read the next tokens; the seconds that took."""
-        tokens = self._tokens(count)
+    def _feed(self, state: State, tokens: NDArray[np.int32]) -> float:
+        """Read tokens; the seconds that took."""
         begun = perf_counter()
         self._model.forward(tokens, state)
         seconds = perf_counter() - begun

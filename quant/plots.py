@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,9 @@ _CAPTION = (
 
 
 def check_matplotlib() -> None:
-    """Raise `UnsupportedError` where plots cannot be drawn."""
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError:
-        raise UnsupportedError("plots need matplotlib: pip install 'griffin-gguf[report]'") from None
+    """Raise `UnsupportedError` where there is no matplotlib. Does not import it: memory may be measured next."""
+    if find_spec("matplotlib") is None:
+        raise UnsupportedError("plots need matplotlib: pip install 'griffin-gguf[report]'")
 
 
 def draw_depth(depth: Depth, folder: Path) -> list[Path]:
@@ -92,11 +91,12 @@ def _draw_speed(axes: Axes, depth: Depth) -> None:
     axes.plot(positions, speeds, color=OURS, linewidth=2, marker="o", markersize=4)
     axes.set_ylim(0, 1.3 * max(speeds))
     marks = [p for p in positions if p & (p - 1) == 0] or positions[-1:]
-    marks = marks[:: -(-len(marks) // 8)]  # 8 at most: more would not stand side by side
+    marks = marks[:: -1 - len(marks) // 9]  # 8 at most, the last among them: more would not stand side by side
     axes.set_xticks(marks, [f"{p:,}" for p in marks])
     axes.xaxis.minorticks_off()
     axes.set_xlabel("tokens read", color=DARK)
-    text = f"{speeds[-1]:.3g}"
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    text = f"{speeds[-1]:,.0f}" if speeds[-1] >= 100 else f"{speeds[-1]:.3g}"
     if change := depth.change:
         text += f"\n{change.speed:.3f} of the speed\nat {change.early:,} tokens"
     _label_ends(axes, positions[-1], [(speeds[-1], text, OURS)])

@@ -28,7 +28,7 @@ from griffin_gguf.runtime.errors import BackendError, BusyError, GriffinError, U
 from griffin_gguf.runtime.generate import Answer, Finish
 from griffin_gguf.runtime.model import Model, Tokens
 from griffin_gguf.runtime.sampling import Sampling
-from griffin_gguf.runtime.state import State, ring_rows
+from griffin_gguf.runtime.state import State
 
 #: Tokens of prompts that a step takes while answers run: enough to use the weights well, few enough not to be felt.
 BESIDE = 128
@@ -119,15 +119,15 @@ class Memory:
         # Of each text a state keeps the last logits; the step's own lie there twice, as computed and as read.
         logits = 3 * slots * 4 * model.hp.vocab
         free = psutil.virtual_memory().available
-        return cls(slots, slots * model.state_nbytes, logits, _buffers(model), free)
+        return cls(slots, slots * model.state_nbytes, logits, model.buffers_nbytes(slots), free)
 
 
 class Engine:
     """Slots for `slots` answers of `model`, at most `waiting` requests before them; see this module's head.
 
     `beside` is how many tokens of prompts a step takes while answers run; while none does it is the model's chunk. So
-    a running answer waits at most for a pass over so many tokens. `memory` is the bound that was reckoned. Raises
-    `UnsupportedError` for values out of range and where less memory is free.
+    a running answer waits at most for a pass over so many tokens. `memory` is the bound that was reckoned; room for the
+    states is taken at once. Raises `UnsupportedError` for values out of range and where less memory is free.
 
     The model must not be used elsewhere meanwhile for anything that is traced; all else just waits its turn.
     """
@@ -141,6 +141,7 @@ class Engine:
         self.memory = Memory.of(model, slots)
         if self.memory.total > self.memory.free:
             raise UnsupportedError(f"{model.path}: no room: {self.memory}")
+        model.reserve(slots)
         self._waiting = deque[Request]()
         self._active: list[Request] = []  # in the order in which they came
         self._changed = threading.Condition()  # guards all that more than one thread sees
@@ -365,14 +366,6 @@ def fair_shares(needs: Sequence[int], room: int) -> list[int]:
             shares[i] += share
             room -= share
     return shares
-
-
-def _buffers(model: Model) -> int:
-    """A bound for the values on the way through a layer, f32, of a chunk of tokens; in NumPy for its weights too."""
-    hp, rows = model.hp, ring_rows(model.hp)
-    widths = 10 * hp.hidden + 6 * hp.mlp_width + 10 * hp.lru_width + 4 * hp.heads * rows
-    weights = 3 * max(hp.mlp_width * hp.hidden, 1 << 24) if model.backend == "numpy" else 0
-    return 4 * (model.chunk * widths + weights)
 
 
 def _checked(tokens: Sequence[Any] | NDArray[Any], vocab: int) -> list[int]:

@@ -209,7 +209,7 @@ class Generation(Answer):
         if self._speculation is None:
             return self.take(self._model.forward(self.unfed, self._state))
         most = self.room - 1 if self.room is not None else None
-        return self._verify(self._speculation, self._speculation.draft(self.unfed, most))
+        return self._verify(self._speculation, self._speculation.draft(self.unfed[0], most))
 
     def _verify(self, speculation: Speculation, draft: list[int]) -> str:
         """Feed the last token and a draft, and sample while the draft says the same; take the rest of it back."""

@@ -126,6 +126,19 @@ class Model:
             )
         return self._backend.new_state()
 
+    def buffers_nbytes(self, texts: int) -> int:
+        """Bytes at most, beside weights, states and logits, that a pass over a chunk of so many texts takes."""
+        self._check_open()
+        return self._backend.buffers_nbytes(texts)
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many more states at once, where a backend keeps them together and would have to move them.
+
+        Raises `BackendError` where there is no memory; all is as before then.
+        """
+        self._check_open()
+        self._backend.reserve(count)
+
     def load_state(self, path: Path | str) -> State:
         """The state that `State.save` wrote to `path`: it goes on bit by bit as the one that was saved.
 
@@ -159,9 +172,10 @@ class Model:
             raise UnsupportedError("state: one state cannot read two texts at once")
         with self._lock:
             self._check_open()
-            for state in given:
+            for state, tokens in zip(given, ids, strict=True):
                 if state.owner is not self._backend:
                     raise UnsupportedError(f"state: was not made by this model, {self.path}")
+                state.check(len(tokens))
             return self._feed([_Text(i, s) for i, s in zip(ids, given, strict=True)], every, trace)
 
     def _feed(self, texts: list["_Text"], every: bool, trace: bool) -> list[NDArray[np.float32]]:
@@ -186,6 +200,8 @@ class Model:
         ends = [len(chunk) == text.left for text, chunk in chunks]
         rows: Rows = "every" if every else "last" if any(ends) else "none"
         traced = trace and all(ends)
+        for text, _ in chunks:
+            text.state.torn = True  # until the end is reached: Ctrl-C, or a device that fails, comes between
         logits = self._backend.run([(chunk, text.state) for text, chunk in chunks], rows, traced)
         at = 0
         for (text, chunk), end in zip(chunks, ends, strict=True):
@@ -196,6 +212,7 @@ class Model:
             if wanted:
                 text.logits.append(part)
             text.state.move(len(chunk), part if every else None, part[-1].copy() if wanted else None, traced)
+            text.state.torn = False
             text.read += len(chunk)
 
     def _checked(self, tokens: Tokens) -> NDArray[np.int32]:

@@ -39,7 +39,8 @@ Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 LOGITS = "logits"
 VERSION = "1"
-LAST_POSITION = 2**63 - 1
+#: Angles of positions are computed in f64, which counts no further.
+LAST_POSITION = 2**53
 
 _FORMAT, _MODEL, _POSITION, _CHECKSUM = "griffin.state", "griffin.model", "griffin.position", "griffin.checksum"
 _METADATA = "__metadata__"  # safetensors' name for strings in the header

@@ -42,8 +42,8 @@ class Drafter(Protocol):
         """The text goes on with `tokens`."""
         ...
 
-    def draft(self, unread: Sequence[int], most: int) -> Draft:
-        """Up to `most` (at least 1) tokens that may follow on what was read and then `unread`."""
+    def draft(self, last: int, most: int) -> Draft:
+        """Up to `most` (at least 1) tokens that may follow on what was read and then the token `last`."""
         ...
 
     def forget(self) -> None:
@@ -72,11 +72,11 @@ class Speculation:
         """The state is another, at position 0."""
         self._drafter.forget()
 
-    def draft(self, unfed: Sequence[int], most: int | None) -> list[int]:
-        """At most `most` tokens that may follow on `unfed`: as many as it pays to verify, mostly none."""
+    def draft(self, last: int, most: int | None) -> list[int]:
+        """At most `most` tokens that may follow on the token `last`: as many as it pays to verify, mostly none."""
         asked = self._pace.ask(ROWS[-1] - 1 if most is None else min(most, ROWS[-1] - 1))
         started = self._clock()
-        self._guess = self._drafter.draft(unfed, asked) if asked else Draft()
+        self._guess = self._drafter.draft(last, asked) if asked else Draft()
         self._drafting = self._clock() - started
         self._pace.drafted(asked, self._drafting)
         return list(self._guess.tokens[: self._pace.choose(self._guess.grades, self._drafting)])
@@ -110,11 +110,11 @@ class Pace:
 
     ALLOWED = 0.02
     _START = 3.0  # plain tokens
-    _SAVED = 8.0  # plain tokens: savings beyond that buy no more failures
+    _SAVED = 6.0  # plain tokens: savings beyond that buy no more failures
     _MARGIN = 1.03  # a draft must promise so many times the plain speed
     _SLOPE = 0.3  # a further row's cost in plain tokens, before any was measured
     _DOUBT = 0.002  # what a pass takes from the costs of other lengths: one that was bad once is tried again some time
-    _MEMORY = 32  # outcomes that a grade's worth is an average of
+    _MEMORY = 16  # outcomes that a grade's worth is an average of
     _NOTHING = 0.02  # plain tokens: a draft that costs no more is always asked for
 
     def __init__(self) -> None:
@@ -192,7 +192,11 @@ class Pace:
         return expected / (self._cost(len(chances) + 1) + drafting)
 
     def _cost(self, rows: int) -> float:
-        """Seconds of a pass: measured, else along the line through the nearest that were."""
+        """Seconds of a pass: measured, else along the line through those that were; beyond them half as steep.
+
+        Each further row costs less than the one before. A guess that is too low is soon measured, one that is too high
+        never would be.
+        """
         if rows in self._costs:
             return self._costs[rows]
         plain = self._costs[1]
@@ -202,7 +206,7 @@ class Pace:
             high = min(above)
             step = (self._costs[high] - self._costs[low]) / (high - low)
         elif low > 1:
-            step = (self._costs[low] - plain) / (low - 1)
+            step = (self._costs[low] - plain) / (low - 1) / 2
         else:
             step = self._SLOPE * plain
         return self._costs[low] + step * (rows - low)
@@ -222,6 +226,7 @@ class PromptLookup:
 
     KEPT = 1 << 16
     _SHORTEST = 2
+    _LONGEST = _SHORTEST + GRADES - 1
     _PLACES = 16  # compared for a draft
 
     def __init__(self) -> None:
@@ -245,40 +250,28 @@ class PromptLookup:
             if len(pair) == 2:
                 self._latest[pair] = len(self._tokens) - 1
 
-    def draft(self, unread: Sequence[int], most: int) -> Draft:
+    def draft(self, last: int, most: int) -> Draft:
         """See `Drafter`."""
-        known = len(self._tokens)
-        self._tokens += unread
-        try:
-            return self._draft(most)
-        finally:
-            del self._tokens[known:]
-
-    def _draft(self, most: int) -> Draft:
-        text, last = self._tokens, len(self._tokens) - 1
-        if last < 1:
-            return Draft()
-        end, shared, best = self._latest.get((text[-2], text[-1]), -1), 0, -1
+        text = self._tokens
+        end, shared, best = self._latest.get((text[-1], last), -1) if text else -1, 0, -1
         for _ in range(self._PLACES):
-            if end < 0 or shared == self._SHORTEST + GRADES - 1:
+            if end < 0 or shared == self._LONGEST:
                 break
-            common = self._common(end, last)
+            common = self._common(end)
             if common > shared:
                 shared, best = common, end
             end = self._before[end]
         if best < 0:
             return Draft()
-        tokens, period = list[int](), last - best
-        for i in range(most):
-            # Beyond the end of the text, the draft itself goes on: what repeats, repeats.
-            tokens.append(text[best + 1 + i] if i < period else tokens[i - period])
-        grades = [min(shared - self._SHORTEST + i, GRADES - 1) for i in range(most)]
-        return Draft(tokens, grades)
+        # Beyond the end of the text, the draft itself goes on: what repeats, repeats.
+        known = [*text[best + 1 : best + 1 + most], last]
+        tokens = [known[i % len(known)] if len(known) <= most else known[i] for i in range(most)]
+        return Draft(tokens, [min(shared - self._SHORTEST + i, GRADES - 1) for i in range(most)])
 
-    def _common(self, end: int, last: int) -> int:
-        """Tokens that the text up to `end` and up to `last` end with alike, as far as grades go."""
+    def _common(self, end: int) -> int:
+        """How many tokens the text up to `end` ends with like the whole, `last` included; as far as it counts."""
         text, common = self._tokens, self._SHORTEST
-        while common < self._SHORTEST + GRADES - 1 and common <= end and text[end - common] == text[last - common]:
+        while common < self._LONGEST and common <= end and text[end - common] == text[-common]:
             common += 1
         return common
 
@@ -316,12 +309,11 @@ class DraftModel:
         if len(tokens) >= self._PROMPT:
             self._catch_up()
 
-    def draft(self, unread: Sequence[int], most: int) -> Draft:
+    def draft(self, last: int, most: int) -> Draft:
         """See `Drafter`."""
-        self._unread += unread
-        self._unread = self._unread[-self.MISSED :]
+        self._unread = [*self._unread, last][-self.MISSED :]
         logits = self._catch_up()
-        self._early += unread
+        self._early.append(last)
         if logits is None:
             return Draft()
         tokens, grades = list[int](), list[int]()
@@ -346,7 +338,9 @@ class DraftModel:
             del self._unread[:held]
         else:
             assert self._mark is not None, "what is drafted lies behind a mark"
-            self._state = self._mark
+            # Its values, not the object: a backend may keep graphs that hold this one's place in memory.
+            self._state.write(self._mark.read())
+            self._state.move(self._mark.position - self._state.position, None, self._mark.logits, traced=False)
         self._mark, self._beyond = None, []
         if self._unread:
             self._model.forward(self._unread, self._state)

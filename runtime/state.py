@@ -57,6 +57,7 @@ class State(ABC):
     def __init__(self, owner: "Owner") -> None:
         self.owner = owner
         self.position = 0
+        self.torn = False  # a step on it did not come to its end: some layers have moved on, others not
         self.logits: NDArray[np.float32] | None = None
         self._chunk_logits: NDArray[np.float32] | None = None  # [T, V]: of each token of a chunk that left a trace
         self._chunk_start: int | None = None  # where the chunk began that left a trace
@@ -95,6 +96,14 @@ class State(ABC):
         self.position += count
         self.logits = last
 
+    def check(self, count: int = 0) -> None:
+        """Raise `UnsupportedError` where the state cannot go on by `count` tokens."""
+        if self.torn:
+            problem = "a step on it was interrupted; go on from a copy made before it, or from a new state"
+            raise UnsupportedError(f"state: {problem}")
+        if self.position + count > saved_state.LAST_POSITION:
+            raise UnsupportedError(f"state: position {self.position} + {count} is beyond {saved_state.LAST_POSITION}")
+
     def rollback(self, position: int) -> None:
         """Go back to an earlier `position` inside the last chunk, computing nothing.
 
@@ -102,6 +111,7 @@ class State(ABC):
         trace on this model. `logits` are those at `position` where every token's were asked for, else None. Raises
         `UnsupportedError` for any other position; the state is as before then.
         """
+        self.check()
         if position == self.position:
             return
         start = self._chunk_start
@@ -116,8 +126,9 @@ class State(ABC):
     def save(self, path: Path | str) -> None:
         """Write everything to a file that `Model.load_state` reads; whole, or not at all.
 
-        Raises `GriffinError` naming `path` where it cannot be written.
+        Raises `GriffinError` naming `path` where it cannot be written, `UnsupportedError` after an interrupted step.
         """
+        self.check()
         saved_state.save(path, Saved(self.owner.fingerprint, self.position, self.read(), self.logits))
 
     def restore(self, path: Path | str, vocab: int) -> None:
@@ -126,7 +137,7 @@ class State(ABC):
         saved = saved_state.load(path, self.owner.fingerprint, {**self.layout, saved_state.LOGITS: logits})
         self.write(saved.arrays)
         self.position, self.logits = saved.position, saved.logits
-        self._chunk_start = self._chunk_logits = None
+        self._chunk_start, self._chunk_logits, self.torn = None, None, False
 
 
 class Owner(Protocol):

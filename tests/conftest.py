@@ -23,7 +23,9 @@ def no_stored_tuning() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--on-rpc", action="store_true", help="run models on a device of another process (scripts/test-rpc)")
+    parser.addoption(
+        "--on-rpc", action="store_true", help="run models on a device of another process (scripts/test-rpc)"
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

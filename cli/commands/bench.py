@@ -1,5 +1,6 @@
 """`griffin bench`: what a model costs on this machine, and what suits it best."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -73,20 +74,25 @@ def _tune(path: Path, *, as_json: bool) -> None:
     from griffin_gguf.runtime import tuner
     from griffin_gguf.runtime.errors import UnsupportedError
     from griffin_gguf.runtime.gguf_file import GgufFile
+    from griffin_gguf.runtime.machine import usable_cores
     from griffin_gguf.runtime.tuning import VARIABLE, store, store_path
 
     if store_path() is None:
         raise UnsupportedError(f"{VARIABLE}: is empty, so there is no file to store choices in")
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load > cores / 2:
+        note(f"a load of {load:.1f} on {cores} cores: what is best now may not be best when other programs are gone")
     with progress(f"Tuning for {clean(path.name)}", unit="rounds") as report:
         tuning, duels = tuner.tune(path, progress=report)
+    if not as_json:
+        _show_duels(duels)
+        _show_tuning(tuning)
     with GgufFile.open(path) as file:
         target = store(file, tuning)
     if as_json:
         print_json({"tuning": asdict(tuning), "stored": str(target), "duels": [asdict(duel) for duel in duels]})
-        return
-    _show_duels(duels)
-    _show_tuning(tuning)
-    out().print(f"stored in {target}", markup=False, soft_wrap=True)
+    else:
+        out().print(f"stored in {target}", markup=False, soft_wrap=True)
 
 
 def _show_duels(duels: "list[Duel]") -> None:

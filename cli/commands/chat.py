@@ -12,7 +12,9 @@ import typer
 from griffin_gguf.cli.console import note
 from griffin_gguf.cli.options import (
     Backend,
+    DeviceNames,
     DraftFile,
+    LayersOn,
     Lookup,
     MinP,
     Model,
@@ -24,6 +26,7 @@ from griffin_gguf.cli.options import (
     TopK,
     TopP,
     add_command,
+    parse_devices,
 )
 from griffin_gguf.cli.running import load_model, show_timings, speculating, stream
 
@@ -56,6 +59,8 @@ def chat(
     lookup: Lookup = False,
     backend: Backend = "auto",
     threads: Threads = None,
+    device: DeviceNames = None,
+    layers_on: LayersOn = None,
     timings: Annotated[bool, typer.Option("--timings", help="Tell tokens and speeds after each answer.")] = False,
 ) -> None:
     """Talk with a model, by the chat template in its file.
@@ -69,7 +74,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
     with (
-        load_model(path, backend, threads) as model,
+        load_model(path, backend, threads, parse_devices(device, layers_on)) as model,
         speculating(model, draft, lookup, backend, threads) as speculation,
     ):
         conversation = Conversation(model, sampling, max_tokens, speculation)

@@ -8,7 +8,9 @@ import typer
 
 from griffin_gguf.cli.options import (
     Backend,
+    DeviceNames,
     DraftFile,
+    LayersOn,
     Lookup,
     MinP,
     Model,
@@ -20,6 +22,7 @@ from griffin_gguf.cli.options import (
     TopK,
     TopP,
     add_command,
+    parse_devices,
 )
 from griffin_gguf.cli.running import load_model, show_timings, speculating, stream
 from griffin_gguf.cli.text import read_stdin, read_text, without_newline
@@ -62,6 +65,8 @@ def generate(
     lookup: Lookup = False,
     backend: Backend = "auto",
     threads: Threads = None,
+    device: DeviceNames = None,
+    layers_on: LayersOn = None,
 ) -> None:
     """Go on from a text, streaming the continuation.
 
@@ -75,7 +80,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
     with (
-        load_model(path, backend, threads) as model,
+        load_model(path, backend, threads, parse_devices(device, layers_on)) as model,
         speculating(model, draft, lookup, backend, threads) as speculation,
     ):
         generation = generate_text(

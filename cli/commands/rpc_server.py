@@ -24,21 +24,26 @@ def register(app: typer.Typer) -> None:
 
 def rpc_server(
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="The address to listen at; others than this machine's own "
-                          "loopback let everyone in who can reach it.")
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="The address to listen at; others than this machine's own loopback let everyone in who can reach it.",
+        ),
     ] = _LOOPBACK,
     port: Annotated[int, typer.Option("--port", metavar="N", min=1, max=65535)] = 50052,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="One that griffin devices lists; the best unless given.")
+        str | None,
+        typer.Option("--device", metavar="NAME", help="One that griffin devices lists; the best unless given."),
     ] = None,
     threads: Threads = None,
 ) -> None:
     """Offer a device of this machine to a griffin that runs elsewhere, until Ctrl-C.
 
-    There, [bold]--device rpc:ADDRESS:PORT[/bold] takes it. One client is served at a time. The protocol is ggml's and knows no
-    passwords and no encryption: whoever reaches the port can compute here and may read this process's memory, so let
-    nobody reach it but your own machines. docs/distributed.md has the whole way.
-    """  # fmt: skip
+    There, [bold]--device rpc:ADDRESS:PORT[/bold] takes it. One client is served at a time. The protocol is ggml's and
+    knows no passwords and no encryption: whoever reaches the port can compute here and may read this process's memory,
+    so let nobody reach it but your own machines. docs/distributed.md has the whole way.
+    """
     from griffin_gguf.runtime.ggml.catalog import best, find
     from griffin_gguf.runtime.ggml.rpc import serve
     from griffin_gguf.runtime.machine import compute_threads

@@ -24,6 +24,14 @@ class Backend(Protocol):
         """A state at position 0."""
         ...
 
+    def buffers_nbytes(self, texts: int) -> int:
+        """Bytes at most, beside states and logits, of a pass over a chunk of so many texts."""
+        ...
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many more states at once."""
+        ...
+
     def run(
         self, batch: Sequence[tuple[NDArray[np.int32], Any]], rows: Rows, trace: bool = False
     ) -> NDArray[np.float32] | None:

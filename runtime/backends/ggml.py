@@ -6,7 +6,7 @@ only its inputs change. Graphs read and write the states' tensors where they lie
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,8 +28,12 @@ from griffin_gguf.runtime.saved_state import fingerprint
 from griffin_gguf.runtime.state import LayerState, RecurrentState
 from griffin_gguf.runtime.tuning import Tuning
 
-#: Graphs kept for a plan that comes back; one of a long chunk takes some 5 MB.
+#: Graphs kept for a plan that comes back, and what one of a long chunk takes.
 _GRAPHS = 16
+_GRAPH_NBYTES = 5 << 20
+
+#: How much more values may take where a chunk's texts are not of one length.
+_UNEVEN = 1.1
 
 #: Until its window is full, a graph sees as much of a ring as is in use, in steps of this.
 _WINDOW_STEP = 256
@@ -75,6 +79,18 @@ class GgmlBackend:
         """A state at position 0."""
         return GgmlState(self, self.memory, self.device)
 
+    def buffers_nbytes(self, texts: int) -> int:
+        """Bytes at most of a pass over a chunk of so many texts, and of the graphs that are kept; nothing is taken."""
+        part = Part(self.new_state().slot, max(1, self.chunk // texts), False, self.memory.ring)
+        allocator, measured = self.device.allocator(), list[int]()
+        Graph(self, Plan((part,) * texts, "last", False), place=lambda c: measured.append(allocator.measure(c)))
+        return int(_UNEVEN * measured[0]) + _GRAPHS * _GRAPH_NBYTES
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many more states at once. Raises `BackendError` where there is no memory."""
+        with self.memory.lock:
+            self.memory.reserve(self.memory.taken + count)
+
     def forget_graphs(self) -> None:
         """Build all graphs anew: tensors that they hold have moved."""
         self._graphs.clear()
@@ -111,10 +127,12 @@ class GgmlBackend:
         if graph is None:
             allocator = self.allocators[trace]
             before = allocator.nbytes
-            graph = Graph(self, plan, kind)
-            if allocator.nbytes != before:
-                for lost in [key for key in self._graphs if key[0].trace == trace]:
-                    del self._graphs[lost]
+            try:
+                graph = Graph(self, plan, kind)
+            finally:  # an allocator that could not grow has given back what it held
+                if allocator.nbytes != before:
+                    for lost in [key for key in self._graphs if key[0].trace == trace]:
+                        del self._graphs[lost]
             if len(self._graphs) == _GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs[plan, kind] = graph
@@ -140,6 +158,7 @@ class GgmlBackend:
             allocator.close()
         self.memory.close()
         self.weights.close()
+        self.device.close()
 
 
 def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows: Rows) -> NDArray[np.float32]:
@@ -153,9 +172,18 @@ def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows:
 
 
 class Graph:
-    """The forward pass of a plan; `ops` are its operations, which may do more than compute."""
+    """The forward pass of a plan; `ops` are its operations, which may do more than compute.
 
-    def __init__(self, backend: GgmlBackend, plan: Plan, kind: type[GgmlOps] = GgmlOps) -> None:
+    `place` gives its values their addresses, the backend's allocator unless given.
+    """
+
+    def __init__(
+        self,
+        backend: GgmlBackend,
+        plan: Plan,
+        kind: type[GgmlOps] = GgmlOps,
+        place: Callable[[Context], object] | None = None,
+    ) -> None:
         hp, device = backend.hp, backend.device
         self.plan, self._hp, self._ring, self._device = plan, hp, backend.memory.ring, device
         tile = TILE if device.is_cpu else plan.count
@@ -169,7 +197,7 @@ class Graph:
         lacking = device.unsupported(context)
         if lacking:
             raise BackendError(f"ggml: {device.name} has no operation {lacking} for this model's types")
-        backend.allocators[plan.trace].place(context)
+        (place or backend.allocators[plan.trace].place)(context)
 
     def run(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> NDArray[np.float32] | None:
         """Compute on these tokens of the plan's texts, from these positions on; the logits before their cap, if any."""

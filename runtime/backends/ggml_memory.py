@@ -76,6 +76,11 @@ class Pool:
             for one, other in zip(states.arrays(self.of(source)), states.arrays(self.of(target)), strict=True):
                 self._device.copy(one, other)
 
+    @property
+    def taken(self) -> int:
+        """Slots that are states now."""
+        return self.slots - len(self._free)
+
     def reserve(self, slots: int) -> None:
         """Have at least so many slots. Raises `BackendError` where there is no memory; all is as before then."""
         with self.lock:
@@ -160,6 +165,7 @@ class GgmlState(State):
         return {name: (_DTYPES[tensor.type], tensor.shape) for name, tensor in states.named(self.layers)}
 
     def copy(self) -> "GgmlState":
+        self.check()
         other = GgmlState(self.owner, self._pool, self._device)
         self._pool.copy(self.slot, other.slot)
         other.position, other.logits = self.position, self.logits
@@ -178,6 +184,7 @@ class GgmlState(State):
         """Forget everything: position 0."""
         self._pool.clear(self.slot)
         self.move(-self.position, None, None, traced=False)
+        self.torn = False
 
     def rewind(self, count: int) -> None:
         if self.rewinder is None:

@@ -42,6 +42,7 @@ class NumpyState(State):
         return {name: (array.dtype, array.shape) for name, array in states.named(self.layers)}
 
     def copy(self) -> "NumpyState":
+        self.check()
         other = NumpyState(self._backend, self._hp)
         other.write(dict(states.named(self.layers)))
         other.position, other.logits = self.position, self.logits
@@ -88,6 +89,15 @@ class NumpyBackend:
     def new_state(self) -> NumpyState:
         """A state at position 0."""
         return NumpyState(self, self._hp)
+
+    def buffers_nbytes(self, texts: int) -> int:
+        """Bytes at most of a pass over a chunk: the values of a layer and its weights, or a slice of the head."""
+        hp, rows = self._hp, states.ring_rows(self._hp)
+        widths = 10 * (hp.hidden + hp.lru_width) + 6 * hp.mlp_width + 4 * hp.heads * rows
+        return 4 * (self.chunk * widths + 3 * max(hp.mlp_width * hp.hidden, _HEAD_SLICE))
+
+    def reserve(self, count: int) -> None:
+        """States lie each for itself: nothing is to be done."""
 
     def run(
         self, batch: Sequence[tuple[NDArray[np.int32], NumpyState]], rows: Rows, trace: bool = False

@@ -46,7 +46,7 @@ class PatchedBackend(GgmlBackend):
             return
         context = Context(len(types))
         tensors = {name: context.new(self._own[name].shape, int(type)) for name, type in types.items()}
-        buffer = self.device.allocate(context, "the replaced weights")
+        buffer = self.device.of_head.allocate(context, "the replaced weights")
         try:
             for name, tensor in tensors.items():
                 self.device.write(tensor, encoded(name, types[name]))

@@ -137,6 +137,7 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_gallocr_new": "p p",
     "ggml_gallocr_free": "v p",
     "ggml_gallocr_alloc_graph": "b pp",
+    "ggml_gallocr_reserve_n_size": "v ppppp",
     # devices, buffers, data
     "ggml_backend_free": "v p",
     "ggml_backend_get_device": "p p",

@@ -4,6 +4,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
+import psutil
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from griffin_gguf.runtime.errors import BackendError
@@ -93,6 +94,11 @@ def properties(device: int) -> abi.DeviceProps:
     return props
 
 
+def memory_free(props: abi.DeviceProps) -> int:
+    """Free bytes; of this machine's own, for which ggml holds all of it for free, what programs can still have."""
+    return psutil.virtual_memory().available if props.type == abi.DEVICE_CPU else props.memory_free
+
+
 def catalog() -> list[DeviceInfo]:
     """Every device there is, those of servers that were connected to among them."""
     return [_info(device) for device in handles()]
@@ -104,7 +110,7 @@ def _info(device: int) -> DeviceInfo:
         name=props.name.decode(),
         description=props.description.decode(errors="replace").strip(),
         kind="remote" if library(device) is not _lib() else _KINDS.get(props.type, str(props.type)),
-        memory_free=props.memory_free,
+        memory_free=memory_free(props),
         memory_total=props.memory_total,
         maps_files=props.caps.buffer_from_host_ptr,
         types=tuple(t.name for t in _matrix_types() if _multiplies(device, t, None)),
@@ -125,9 +131,9 @@ def extra_buffer_types(device: int) -> list[int]:
     address = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
     if not address:
         return []
-    found, types = abi.GET_EXTRA_BUFTS(address)(device), []
-    while found and found[len(types)]:
-        types.append(int(found[len(types)] or 0))
+    found, types = abi.GET_EXTRA_BUFTS(address)(device), list[int]()
+    while found and (handle := found[len(types)]):
+        types.append(handle)
     return types
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi, remote
-from griffin_gguf.runtime.ggml.catalog import best, extra_buffer_types, find, library, properties
+from griffin_gguf.runtime.ggml.catalog import best, extra_buffer_types, find, library, memory_free, properties
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.log import last_error
 from griffin_gguf.runtime.machine import compute_threads
 
 
 @contextlib.contextmanager
-def unless_over() -> Iterator[None]:
+def unless_over() -> Generator[None]:
     """What is released on a server that went away is gone already, and so is all that the process held at its end."""
     try:
         yield
@@ -74,7 +74,7 @@ class Device:
         self.is_cpu: bool = props.type == abi.DEVICE_CPU
         self.is_remote = isinstance(self.lib, remote.RemoteLibrary)
         self._maps: bool = props.caps.buffer_from_host_ptr
-        self.memory_free: int = props.memory_free  # bytes at that time, 0 where it does not say
+        self.memory_free = memory_free(props)  # bytes at that time, 0 where it does not say
         self.threads = threads or compute_threads()
         self._set_threads(self.threads)
 
@@ -86,7 +86,7 @@ class Device:
 
     @property
     def devices(self) -> list["Device"]:
-        """This one: see split.py, which has several."""
+        """Itself alone: split.py has several."""
         return [self]
 
     def of_layer(self, layer: int) -> "Device":
@@ -260,6 +260,12 @@ class Allocator:
         """Give every tensor of the graph its address; raises `BackendError` when memory runs out."""
         if not self._lib.ggml_gallocr_alloc_graph(self._handle, context.graph):
             raise BackendError(f"ggml: no memory for a graph's intermediate values{last_error()}")
+
+    def measure(self, context: Context) -> int:
+        """Bytes that the graph's values would take; nothing is taken. For an allocator that places no graph after it."""
+        nbytes = ctypes.c_size_t()
+        self._lib.ggml_gallocr_reserve_n_size(self._handle, context.graph, None, None, ctypes.addressof(nbytes))
+        return nbytes.value
 
     @property
     def nbytes(self) -> int:

@@ -74,7 +74,7 @@ def _worker() -> threading.Thread:
 
 
 def is_over() -> bool:
-    """Whether nothing remote can be called any more: a server went away, or the interpreter ends and threads with it."""
+    """Whether nothing remote can be called any more: a server went away, or the interpreter ends, threads with it."""
     return bool(_lost) or sys.is_finalizing()
 
 

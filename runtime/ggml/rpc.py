@@ -83,7 +83,7 @@ def _function(name: str) -> int:
 
 
 def _greet(host: str, port: int) -> None:
-    """Say hello and hang up: ggml's own client ends the process where this raises, and waits for ever where one is busy."""
+    """Say hello and hang up: where this raises, ggml's own client would end the process or wait for ever."""
     where = f"rpc: the server at {host}:{port}"
     try:
         with socket.create_connection((host, port), timeout=_PATIENCE) as connection:

@@ -25,9 +25,9 @@ _VIEWS = (b"NONE", b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE")
 class Split:
     """Several devices as one: the same methods as a `Device`'s for graphs, and which device each layer lies on.
 
-    `devices` with the count of layers each takes, in the model's order. The CPU is added where it is not among them: inputs
-    and the embedding lie there, and what another device cannot compute is computed there, if it writes nothing in place.
-    """  # fmt: skip
+    `devices` with the count of layers each takes, in the model's order. The CPU is added where it is not among them:
+    inputs and the embedding lie there, and what another device lacks is computed there, if it writes nothing in place.
+    """
 
     is_cpu = False
 
@@ -113,6 +113,10 @@ class SplitAllocator:
         """Give every tensor of the graph its address; raises `BackendError` when memory runs out."""
         self._split.schedule(context)
 
+    def measure(self, context: Context) -> int:
+        """Bytes that the graph's values would take if one device computed it all; nothing is taken."""
+        return self._split.of_head.allocator().measure(context)
+
     @property
     def nbytes(self) -> int:
         """None that graphs share: what was placed stays where it is."""
@@ -182,10 +186,10 @@ Devices = Device | Split
 def open_devices(devices: Mapping[str, int | None], layers: int, threads: int | None = None) -> Device | Split:
     """The devices of these names for a model of so many layers; the best one there is where none is named.
 
-    The value is how many layers a device takes, None for its part of what is left, by its free memory. A server's device
-    is never alone: inputs and the embedding stay with this machine's CPU. Raises `BackendError` for a device that is not
-    to be had, `UnsupportedError` for counts that do not come to `layers`.
-    """  # fmt: skip
+    The value is how many layers a device takes, None for its part of what is left, by its free memory. A server's
+    device is never alone: inputs and the embedding stay with this machine's CPU. Raises `BackendError` for a device
+    that is not to be had, `UnsupportedError` for counts that do not come to `layers`.
+    """
     if not devices:
         return Device(threads)
     opened = {name: Device(threads, name) for name in devices}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from command import done, griffin, refused
 
+from griffin_gguf.quant import depth
 from griffin_gguf.runtime import tuner
 from griffin_gguf.runtime.ggml import device
 from griffin_gguf.runtime.gguf_file import GgufFile
@@ -20,6 +21,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fields: list[tuple[str, list[Any]]] = [("attention", ["plain"]), ("chunk", [128])]
     monkeypatch.setattr(tuner, "_fields", lambda: iter(fields))
     monkeypatch.setattr(device, "compute_threads", lambda: 1)
+    monkeypatch.setattr(tuner, "_DECODE_SECONDS", 0.01)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tuning.json"))
     return tmp_path / "tuning.json"
 
@@ -34,6 +36,16 @@ def test_tuning_prints_what_it_measured_and_stores_what_it_chose(model: Path, ke
         found, notice = stored(file)
     assert notice is None
     assert f"attention {found.attention}, chunk {found.chunk}" in result.stdout
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(("load", "told"), [(0.0, False), (999.0, True)])
+def test_a_busy_machine_is_told(model: Path, monkeypatch: pytest.MonkeyPatch, load: float, told: bool) -> None:
+    monkeypatch.setattr(tuner, "_fields", lambda: iter(()))
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    result = griffin("bench", "--tune", model)
+    assert result.exit_code == 0
+    assert ("a load of 999.0 on " in result.stderr) is told
 
 
 def test_tuning_as_json(model: Path, kept: Path) -> None:
@@ -77,7 +89,8 @@ def test_depth_is_a_table_of_ours_beside_others(model: Path) -> None:
     assert "(600 of 600 tokens)" in result.stderr
 
 
-def test_depth_is_compared_with_the_beginning(model: Path) -> None:
+def test_depth_is_compared_with_the_beginning(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "_BLOCK_SECONDS", 0.01)
     page = done(*DEPTH, model, "--tokens", "6000")
     assert "from token 3,000 to 6,000: speed x" in page
     assert "state +0 bytes" in page

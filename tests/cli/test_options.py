@@ -34,3 +34,20 @@ def test_sampling_defaults_are_the_librarys(command: object) -> None:
     defaults = {name: p.default for name, p in signature(command).parameters.items()}  # type: ignore[arg-type]
     assert all(defaults[name] == value for name, value in asdict(Sampling()).items() if name in defaults)
     assert {"temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"} <= defaults.keys()
+
+
+def test_devices_come_in_order_with_their_layers() -> None:
+    assert options.parse_devices(None, None) == {}
+    found = options.parse_devices("rpc:10.0.0.2:50052, CPU", ["CPU=3"])
+    assert list(found.items()) == [("rpc:10.0.0.2:50052", None), ("CPU", 3)]
+    assert options.parse_devices("rpc:a:1", ["rpc:a:1=26"]) == {"rpc:a:1": 26}
+
+
+@pytest.mark.parametrize(
+    ("device", "layers_on"),
+    [("CPU,CPU", None), ("CPU,", None), (None, ["CPU=1"]), ("CPU", ["Metal=1"]), ("CPU", ["CPU"]), ("CPU", ["CPU=-1"]),
+     ("CPU", ["CPU=1", "CPU=2"])],
+)  # fmt: skip
+def test_devices_that_cannot_be_meant(device: str | None, layers_on: list[str] | None) -> None:
+    with pytest.raises(typer.BadParameter, match="expected"):
+        options.parse_devices(device, layers_on)

@@ -127,7 +127,9 @@ def test_speed_memory_and_state_of_each_row(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert found.points == told
     assert [point.speed for point in told] == pytest.approx([100, 50])
-    assert told[0] == Point(300, told[0].speed, 10_300, 300, 77)
+    assert [(point.position, point.state) for point in told] == [(300, 77), (8000, 77)]
+    assert told[1].rss - told[0].rss == 7700  # a byte a token
+    assert [point.rss - (point.anonymous or 0) for point in told] == [10_000, 10_000]
     assert (found.path, found.type) == ("counting.gguf", "Q4_K_M")
     assert ways[-1] == (8000, 8000)
     assert ways == sorted(ways)

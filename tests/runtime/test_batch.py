@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from models import random_model
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import Model, load
+from griffin_gguf.runtime.backends.ggml import Graph
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
+from griffin_gguf.runtime.saved_state import LAST_POSITION
 from griffin_gguf.runtime.state import CHUNK, State
 
 TEXTS = [np.random.default_rng(seed).integers(0, 384, 120) for seed in range(6)]
@@ -200,3 +203,49 @@ def test_slots_come_back(path: Path) -> None:
 def bits(x: NDArray[np.float32] | None) -> NDArray[np.uint32]:
     assert x is not None
     return x.view(np.uint32)
+
+
+def test_after_an_interrupted_step_a_state_says_so(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the middle of a step some layers have read the token and others not: going on would be wrong text."""
+    with load(path, backend="ggml", threads=1) as model:
+        state = model.new_state()
+        model.forward(TEXT[:20], state)
+        kept = state.copy()
+        expected = model.forward(TEXT[20:23], kept.copy())
+        graph_run = Graph.run
+
+        def interrupted(graph: Graph, *arguments: Any) -> None:
+            graph_run(graph, *arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Graph, "run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.forward(TEXT[20:23], state)
+        for use in (lambda: model.forward([5], state), state.copy, lambda: state.save(tmp_path / "s"),
+                    lambda: state.rollback(19)):  # fmt: skip
+            with pytest.raises(UnsupportedError, match="state: a step on it was interrupted"):
+                use()
+        assert np.array_equal(model.forward(TEXT[20:23], kept), expected)
+
+
+@pytest.mark.parametrize("position", [(1 << 31) - 4, (1 << 32) - 4, (1 << 53) - 20])
+def test_far_positions_are_the_same_on_both_backends(path: Path, position: int) -> None:
+    """ggml's own positions end at 2^31; these are ours."""
+    found: list[NDArray[np.float32]] = []
+    for backend in ("numpy", "ggml"):
+        with load(path, backend=backend, threads=1) as model:
+            state = model.new_state()
+            model.forward(TEXT[:30], state)
+            state.position = position
+            found.append(model.forward(TEXT[30:46], state, every=True))
+            assert state.position == position + 16
+    assert close(found[1], found[0])
+
+
+def test_no_text_goes_beyond_what_f64_counts(model: Model) -> None:
+    state = model.new_state()
+    state.position = LAST_POSITION - 2
+    model.forward([5, 6], state)
+    with pytest.raises(UnsupportedError, match="beyond 9007199254740992"):
+        model.forward([5], state)

@@ -40,7 +40,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_model(tmp_path_factory.mktemp("engine"), attention_window_size=12)
 
 
-@pytest.fixture(scope="module", params=["numpy"])
+@pytest.fixture(scope="module", params=["numpy", "ggml"])
 def model(request: pytest.FixtureRequest, path: Path) -> Iterator[Model]:
     with load(path, backend=request.param, threads=1) as loaded:
         yield loaded

@@ -134,8 +134,8 @@ def test_what_metal_does_not_compute_is_seen(device: Device) -> None:
         plain(lib.ggml_add(g.handle, across.handle, across.handle)),
         plain(lib.ggml_sqrt(g.handle, across.handle)),
         plain(lib.ggml_mul_mat(g.handle, g.new((8, 48), T.I32).handle, x.handle)),
-        plain(lib.ggml_set_rows(g.handle, g.new((8, 256), T.Q4_K).handle, g.new((2, 256)).handle, g.new((2,), abi.I64).handle)),
-    ]  # fmt: skip
+        plain(g.set_rows(g.new((8, 256), T.Q4_K), g.new((2, 256)), g.new((2,), abi.I64)).handle),
+    ]
     q, ring, mask = g.new((4, 3, 20)), g.new((1, 9, 20), abi.F16), g.new((3, 9), abi.F16)
     refused.append(plain(g.attention(q, ring, ring, mask, 1.0).handle))  # heads of 20
     assert [op.op for op in refused if computes(op)] == []

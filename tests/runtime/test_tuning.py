@@ -1,23 +1,29 @@
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import griffins
+import numpy as np
 import pytest
 from damage import VALUES, damaged
+from golden import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from griffin_gguf.convert.pipeline import convert
 from griffin_gguf.quant.encode import encoder
 from griffin_gguf.quant.file_types import file_type
 from griffin_gguf.quant.recipes import plan
 from griffin_gguf.quant.writer import Output, write
-from griffin_gguf.runtime import tuning
+from griffin_gguf.runtime import load, tuning
+from griffin_gguf.runtime.backends.ggml import GgmlBackend
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.model import Model
+from griffin_gguf.runtime.tokenizer import Tokenizer
 from griffin_gguf.runtime.tuning import VARIABLE, Tuning, store, store_path, stored
 
 CHOICE = Tuning(threads=3, buffers="repacked", attention="plain", chunk=128)
@@ -196,3 +202,54 @@ def test_a_chunk_is_no_larger_than_the_rings_have_room_for() -> None:
     assert Tuning(chunk=512).chunk == 512
     with pytest.raises(UnsupportedError, match=r"^chunk: expected 1 to 512 tokens, found 513"):
         Tuning(chunk=513)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
+    convert(ROOT / "cli" / "demo_model", [(path, "Q4_K_M")])
+    return path
+
+
+def tuning_of(model: Model) -> Tuning:
+    assert isinstance(model._backend, GgmlBackend)
+    return model._backend.tuning
+
+
+def test_models_are_loaded_as_the_stored_choice_says(demo: Path, kept: Path) -> None:
+    choice = Tuning(threads=1, attention="plain", chunk=128)
+    with load(demo) as model:
+        assert tuning_of(model) == Tuning()
+    with GgufFile.open(demo) as opened:
+        store(opened, choice)
+    with load(demo) as model:
+        assert tuning_of(model) == choice
+        assert model.notice is None
+    with load(demo, threads=2) as model:
+        assert tuning_of(model) == replace(choice, threads=2)
+    kept.write_text("damaged")
+    with load(demo) as model:
+        assert tuning_of(model) == Tuning()
+        assert (model.notice or "").startswith(f"{kept}: stored choices are ignored: it is no JSON")
+
+
+def logits(path: Path, tuned: Tuning) -> np.ndarray:
+    """After each of 400 tokens, float32 [400, V]."""
+    opened = GgufFile.open(path)
+    with Model(opened, Tokenizer.from_gguf(path, opened.metadata), GgmlBackend(opened, tuned)) as model:
+        return model.forward(np.random.default_rng(0).integers(0, 1000, 400), model.new_state(), every=True)
+
+
+@pytest.mark.parametrize("choice", [{"attention": "plain"}, {"chunk": 100}, {"threads": 2}])
+def test_no_choice_changes_what_a_model_says(tmp_path: Path, choice: dict[str, Any]) -> None:
+    path = tmp_path / "exact.gguf"
+    convert(ROOT / "cli" / "demo_model", [(path, "F32")])
+    default = logits(path, Tuning(threads=1))
+    assert np.abs(logits(path, Tuning(**{"threads": 1, **choice})) - default).max() < 1e-5 * np.abs(default).max()
+
+
+def test_repacked_weights_say_the_same(demo: Path) -> None:
+    default, repacked = logits(demo, Tuning(threads=1)), logits(demo, Tuning(threads=1, buffers="repacked"))
+    # Inputs of a product are rounded to 8 bits: a last bit elsewhere can turn one of those.
+    assert np.abs(repacked - default).max() < 0.04 * np.abs(default).max()
+    assert (repacked.argmax(1) == default.argmax(1)).mean() > 0.95
