@@ -68,9 +68,18 @@ def _draw_memory(axes: Axes, depth: Depth) -> None:
     axes.set(xscale="log", yscale="log")
     labels: list[tuple[float, str, str]] = []
     for cache, color in zip(CACHES, OTHERS, strict=True):
-        grid = np.unique(np.geomspace(positions[0], positions[-1], 200).astype(int))
-        for part, dashes in ((grid[grid <= cache.context], "solid"), (grid[grid >= cache.context], (0, (4, 2)))):
-            axes.plot(part, [cache.nbytes(int(p)) for p in part], color=color, linewidth=1.8, linestyle=dashes)
+        bends = (
+            positions[0],
+            cache.window or 1,
+            cache.context,
+            positions[-1],
+        )  # straight between, with two log axes
+        points = sorted({min(max(p, positions[0]), positions[-1]) for p in bends})
+        for part, dashes in (
+            ([p for p in points if p <= cache.context], "solid"),
+            ([p for p in points if p >= cache.context], (0, (4, 2))),
+        ):
+            axes.plot(part, [cache.nbytes(p) for p in part], color=color, linewidth=1.8, linestyle=dashes)
         labels.append((cache.nbytes(last.position), cache.name, color))
     axes.plot(positions, [p.state for p in depth.points], color=OURS, linewidth=2.6, marker="o", markersize=4)
     axes.plot(positions, [p.rss for p in depth.points], color=OURS, linewidth=1.2, marker="o", markersize=3)

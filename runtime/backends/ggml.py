@@ -19,6 +19,7 @@ from griffin_gguf.runtime.backends.ggml_ops import GgmlOps, Part, Plan
 from griffin_gguf.runtime.backends.ggml_weights import Weights
 from griffin_gguf.runtime.backends.rowwise import TILE
 from griffin_gguf.runtime.errors import BackendError
+from griffin_gguf.runtime.ggml.device import Device
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.selftest import selftest
 from griffin_gguf.runtime.ggml.split import Devices, open_devices
@@ -28,8 +29,9 @@ from griffin_gguf.runtime.saved_state import fingerprint
 from griffin_gguf.runtime.state import LayerState, RecurrentState
 from griffin_gguf.runtime.tuning import Tuning
 
-#: Graphs kept for a plan that comes back, and what one of a long chunk takes.
-_GRAPHS = 16
+#: Graphs kept for a plan that comes back: on one device, where all share the memory for their values, and on several,
+#: where each has its own. What one of a long chunk takes beside that.
+_GRAPHS, _SPLIT_GRAPHS = 16, 4
 _GRAPH_NBYTES = 5 << 20
 
 #: How much more values may take where a chunk's texts are not of one length.
@@ -53,6 +55,7 @@ class GgmlBackend:
         self._file, self.hp, self.tuning = file, file.hyperparameters(), tuning or Tuning()
         self.chunk = self.tuning.chunk
         self.device = open_devices(devices or {}, self.hp.layers, self.tuning.threads)
+        self._most_graphs = _GRAPHS if isinstance(self.device, Device) else _SPLIT_GRAPHS
         for one in self.device.devices:
             selftest(one)
         self.weights = Weights(file, self.device, self.tuning.buffers)
@@ -84,7 +87,8 @@ class GgmlBackend:
         part = Part(self.new_state().slot, max(1, self.chunk // texts), False, self.memory.ring)
         allocator, measured = self.device.allocator(), list[int]()
         Graph(self, Plan((part,) * texts, "last", False), place=lambda c: measured.append(allocator.measure(c)))
-        return int(_UNEVEN * measured[0]) + _GRAPHS * _GRAPH_NBYTES
+        places = 1 if isinstance(self.device, Device) else self._most_graphs
+        return int(_UNEVEN * measured[0]) * places + self._most_graphs * _GRAPH_NBYTES
 
     def reserve(self, count: int) -> None:
         """Make room for so many more states at once. Raises `BackendError` where there is no memory."""
@@ -133,7 +137,7 @@ class GgmlBackend:
                 if allocator.nbytes != before:
                     for lost in [key for key in self._graphs if key[0].trace == trace]:
                         del self._graphs[lost]
-            if len(self._graphs) == _GRAPHS:
+            if len(self._graphs) == self._most_graphs:
                 self._graphs.popitem(last=False)
         self._graphs[plan, kind] = graph
         return graph

@@ -1,6 +1,7 @@
 """A device of ggml: buffers, mapped weights, and running a graph."""
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Generator, Iterable
 from functools import cached_property
@@ -155,7 +156,7 @@ class Device:
     def write(self, tensor: Tensor, data: NDArray[np.generic]) -> None:
         """Copy `data` (dense, of the tensor's type and size) into `tensor`."""
         assert data.flags.c_contiguous
-        assert data.nbytes == self.lib.ggml_nbytes(tensor.handle), (data.nbytes, tensor)
+        assert data.nbytes == abi.load().ggml_nbytes(tensor.handle), (data.nbytes, tensor)
         self.lib.ggml_backend_tensor_set(tensor.handle, data.ctypes.data, 0, data.nbytes)
 
     def read(self, tensor: Tensor) -> NDArray[Any]:
@@ -210,9 +211,10 @@ class Device:
 
     def unsupported(self, context: Context, nodes: Iterable[int] | None = None) -> str | None:
         """The first operation of the context's graph, or of these nodes of it, that this device lacks, or None."""
+        lib = abi.load()  # no server is asked for this
         for node in context.nodes() if nodes is None else nodes:
-            if not self.lib.ggml_backend_dev_supports_op(self._device, node):
-                return self.lib.ggml_op_desc(node).decode()
+            if not lib.ggml_backend_dev_supports_op(self._device, node):
+                return lib.ggml_op_desc(node).decode()
         return None
 
     def allocator(self) -> "Allocator":
@@ -262,7 +264,7 @@ class Allocator:
             raise BackendError(f"ggml: no memory for a graph's intermediate values{last_error()}")
 
     def measure(self, context: Context) -> int:
-        """Bytes that the graph's values would take; nothing is taken. For an allocator that places no graph after it."""
+        """Bytes that the graph's values would take. Nothing is taken; an allocator that measures places no graph."""
         nbytes = ctypes.c_size_t()
         self._lib.ggml_gallocr_reserve_n_size(self._handle, context.graph, None, None, ctypes.addressof(nbytes))
         return nbytes.value

@@ -82,11 +82,11 @@ class Split:
 
     def _placed(self, context: Context) -> Iterator[tuple[int, Device]]:
         """Every node that computes, with its device: the layer's, or the CPU where that one lacks the operation."""
-        nodes = context.nodes()
+        nodes, lib = context.nodes(), abi.load()
         for (start, layer), stop in zip(context.begins, [b for b, _ in context.begins[1:]] + [len(nodes)], strict=True):
             device = self._cpu if layer < 0 else self._layers[min(layer, len(self._layers) - 1)]
             for node in nodes[start:stop]:
-                if self.lib.ggml_op_desc(node) not in _VIEWS:
+                if lib.ggml_op_desc(node) not in _VIEWS:
                     yield node, device if device.unsupported(context, [node]) is None else self._cpu
 
     def run(self, context: Context) -> None:
@@ -137,9 +137,8 @@ class Schedule:
         self._lib, self._graph = lib, context.graph
         self._remotes = [device for device in devices if device.is_remote]
         self._released = -1
-        count = (
-            2 * len(context.nodes()) + _SPARE
-        )  # ggml asks for nodes and leaves; nearly each node has at most one leaf
+        # ggml asks for nodes and leaves; but for a few nodes, each has at most one leaf.
+        count = 2 * len(context.nodes()) + _SPARE
         backends = (ctypes.c_void_p * len(devices))(*(device.backend for device in devices))
         self._handle = lib.ggml_backend_sched_new(ctypes.addressof(backends), None, len(devices), count, False, False)
         for node, device in placed:
@@ -159,9 +158,9 @@ class Schedule:
     def _run(self) -> int:
         """With servers, on the thread of all calls to them: nothing may come between these two.
 
-        A server forgets the graph it computed last when a buffer is given back, which ggml's client does not notice: it
-        would have it computed again, and the server would hang up. Another graph in between makes it send this one.
-        """  # fmt: skip
+        A server forgets the graph it computed last when a buffer is given back, which ggml's client does not notice:
+        it would have it computed again, and the server would hang up. Another graph in between makes it send this one.
+        """
         if self._remotes and self._released != remote.Releases.count:
             for device in self._remotes:
                 device.forget_graph()

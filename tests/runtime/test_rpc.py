@@ -251,7 +251,7 @@ with load(path, "ggml", threads=1) as other, load(path, "ggml", threads=1, devic
     state = model.new_state()
     model.forward([1, 2, 3], state)
     os.kill(int(pid), signal.SIGKILL)
-    for attempt in (lambda: model.forward([4], state), model.new_state, state.copy):
+    for attempt in (lambda: model.forward([4], state), lambda: model.forward([4], model.new_state())):
         try:
             attempt()
         except BackendError as error:
@@ -299,7 +299,19 @@ def test_an_address_in_use_is_refused(servers: list[Server]) -> None:
 
 
 def test_the_command_says_in_one_line_that_a_server_died(servers: list[Server], model: Path) -> None:
-    command = [sys.executable, "-m", "griffin_gguf.cli", "generate", str(model), "-p", "Once", "-n", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "griffin_gguf.cli",
+        "generate",
+        str(model),
+        "-p",
+        "Once",
+        "-n",
+        "100000",
+        "--temp",
+        "0",
+    ]
     devices = ["--threads", "1", "--device", f"rpc:{servers[0].endpoint}"]
     with subprocess.Popen([*command, *devices], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
