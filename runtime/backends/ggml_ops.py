@@ -263,7 +263,7 @@ class GgmlOps:
         stop = stops[-1]
         c = self._sum_of_taps(name, rows, [g.rows(head, k, k + stop) for k in range(kept + 1)])
         g.store(c, g.rows(z, 0, stop))
-        return z
+        return g.latest(z)
 
     def _sum_of_taps(self, name: str, taps: Tensor, shifted: Sequence[Tensor]) -> Tensor:
         """Σ_k taps[k] ⊙ shifted[k] + bias: taps [C, W], each of `shifted` [T, W]."""
@@ -288,7 +288,7 @@ class GgmlOps:
             for row in begins:
                 if start <= row < stop:
                     g.expand(g.scale_into(g.rows(m, row - start, row - start + 1), 0.0, 1.0))
-            return Rows(m, True)
+            return Rows(g.latest(m), True)
 
         a = Deferred(r.shape, emit_a, _home(r))
         return a, Deferred(r.shape, emit_m, None)
@@ -305,6 +305,7 @@ class GgmlOps:
         for part, (start, stop) in zip(plan.parts, self._bounds, strict=True):
             if part.count > 1:
                 scan(g, g.rows(a, start, stop), g.rows(b, start, stop), self._state(layer, part.slot).h)
+        b = g.latest(b)
         if plan.trace:
             self.trace.every_h[layer] = g.output(g.scale(b, 1.0))
         return b
@@ -340,7 +341,7 @@ class GgmlOps:
         across = g.expand(g.mul(part(0), sin)), g.expand(g.mul(part(half), sin))
         g.expand(g.sub_into(g.mul_into(part(0), cos), across[1]))
         g.expand(g.add_into(g.mul_into(part(half), cos), across[0]))
-        return x
+        return g.latest(x)
 
     def attend(self, layer: int, q: Value, k: Value, v: Value) -> Tensor:
         """Of several texts, in place on `q`."""
@@ -355,7 +356,7 @@ class GgmlOps:
         for i, (start, stop) in enumerate(self._bounds):
             rows = g.rows(q, start, stop)
             g.store(g.reshape(self._attend(rows, keys, values, i), rows.shape), rows)
-        return q
+        return g.latest(q)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, index: int) -> Tensor:
         """One text's q [T, Q] over its own ring: [T, N, D]."""

@@ -19,17 +19,31 @@ _BYTES = {abi.F32: 4, abi.F16: 2, abi.I32: 4, abi.I64: 8}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A `ggml_tensor *` with its shape (NumPy order, 1 to 4 dimensions) and ggml type."""
+    """A `ggml_tensor *` with its shape (NumPy order, 1 to 4 dimensions) and ggml type.
+
+    A view lies `offset` bytes into the tensor whose handle is `root`.
+    """
 
     handle: int
     shape: tuple[int, ...]
     type: int = abi.F32
+    root: int = 0  # 0: itself
+    offset: int = 0
+
+    @property
+    def owner(self) -> int:
+        """The handle of the tensor that has the memory."""
+        return self.root or self.handle
 
 
 class Context:
     """A `ggml_context` for `tensors` headers and, where `nodes` is given, one graph of that many nodes.
 
     It holds no data: a buffer (weights, state) or the graph allocator gives each tensor its place.
+
+    An operation in place returns a view, and the allocator gives memory back only when each of its views has been read.
+    So whatever views a tensor later does it through the latest such result: nothing stays alive for want of a reader,
+    and the order of the writes is in the graph.
     """
 
     _handle: int | None = None
@@ -43,7 +57,8 @@ class Context:
         if not self._handle:
             raise BackendError("ggml: out of memory for a context")
         self.graph: int = self.lib.ggml_new_graph_custom(self._handle, nodes, False) if nodes else 0
-        self.in_place: list[int] = []  # nodes that write into another tensor: only where that lies can they run
+        self._latest: dict[int, Tensor] = {}  # by owner: what the last operation in place on it returned
+        self.in_place: dict[int, int] = {}  # nodes that write into a tensor, by owner: only where it lies can they run
         self.begins: list[tuple[int, int]] = [(0, -1)]  # see `begin`
 
     @property
@@ -86,7 +101,14 @@ class Context:
         nb = [s * size for s in reversed(strides)]
         while len(nb) < 3:
             nb.append((nb[-1] if nb else size) * ne[len(nb)])
-        return Tensor(self.lib.ggml_view_4d(self.handle, x.handle, *ne, *nb, offset * size), tuple(shape), x.type)
+        base, start = self._latest.get(x.owner, x), x.offset + offset * size
+        # ggml adds the offsets of views of views as size_t: one before the base's own wraps around, and is right.
+        handle = self.lib.ggml_view_4d(self.handle, base.handle, *ne, *nb, (start - base.offset) % (1 << 64))
+        return Tensor(handle, tuple(shape), x.type, x.owner, start)
+
+    def latest(self, x: Tensor) -> Tensor:
+        """A dense `x` after all that was done in place on it."""
+        return self.reshape(x, x.shape) if x.owner in self._latest else x
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a dense `x` [T, ...]."""
@@ -98,18 +120,20 @@ class Context:
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         """The same dense data under another shape."""
         assert prod(shape) == prod(x.shape), (x.shape, shape)
+        if x.owner in self._latest:
+            return self.view(x, shape, [prod(shape[i + 1 :]) for i in range(len(shape) - 1)], 0)
         ne = [*reversed(shape), 1, 1, 1][:4]
-        return Tensor(self.lib.ggml_reshape_4d(self.handle, x.handle, *ne), tuple(shape), x.type)
+        return Tensor(self.lib.ggml_reshape_4d(self.handle, x.handle, *ne), tuple(shape), x.type, x.owner, x.offset)
 
     def swap(self, x: Tensor) -> Tensor:
         """The two slowest dimensions of a 3-D `x` exchanged, as a strided view."""
         a, b, c = x.shape
-        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 0, 2, 1, 3), (b, a, c), x.type)
+        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 0, 2, 1, 3), (b, a, c), x.type, x.owner, x.offset)
 
     def transpose(self, x: Tensor) -> Tensor:
         """[A, B] -> [B, A], as a strided view."""
         a, b = x.shape
-        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 1, 0, 2, 3), (b, a), x.type)
+        return Tensor(self.lib.ggml_permute(self.handle, x.handle, 1, 0, 2, 3), (b, a), x.type, x.owner, x.offset)
 
     def dense(self, x: Tensor) -> Tensor:
         """A contiguous copy of a view."""
@@ -147,21 +171,23 @@ class Context:
 
     def unary_into(self, op: str, x: Tensor) -> Tensor:
         """As `unary`, at the place of `x`; the result is to be used in its stead."""
-        return self._in_place(self.unary(f"{op}_inplace", x))
+        return self._in_place(self.unary(f"{op}_inplace", x).handle, x)
 
     def scale_into(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
         """x = factor · x + bias; the result is `x` at the same place, to be used in its stead."""
-        return self._in_place(Tensor(self.lib.ggml_scale_bias_inplace(self.handle, x.handle, factor, bias), x.shape))
+        return self._in_place(self.lib.ggml_scale_bias_inplace(self.handle, x.handle, factor, bias), x)
 
-    def _in_place(self, x: Tensor) -> Tensor:
-        self.in_place.append(x.handle)
-        return x
+    def _in_place(self, handle: int, x: Tensor) -> Tensor:
+        """Note that an operation in place on `x` has returned `handle`."""
+        self.in_place[handle] = x.owner
+        self._latest[x.owner] = Tensor(handle, x.shape, x.type, x.owner, x.offset)
+        return self._latest[x.owner]
 
     def _binary(self, op: str, x: Tensor, y: Tensor) -> Tensor:
         padded = (1,) * (len(x.shape) - len(y.shape)) + y.shape
         assert all(n % m == 0 for n, m in zip(x.shape, padded, strict=True)), (op, x.shape, y.shape)
         result = Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle, y.handle), x.shape)
-        return self._in_place(result) if op.endswith("_inplace") else result
+        return self._in_place(result.handle, x) if op.endswith("_inplace") else result
 
     def scale(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
         """factor · x + bias."""
@@ -207,7 +233,7 @@ class Context:
         assert ids.type == abi.I64, ids
         assert table.shape[1] == values.shape[1], (table.shape, values.shape)
         handle = self.lib.ggml_set_rows(self.handle, table.handle, values.handle, ids.handle)
-        return self._in_place(Tensor(handle, table.shape, table.type))
+        return self._in_place(handle, table)
 
     def concat(self, x: Tensor, y: Tensor) -> Tensor:
         """`x` [.., A] before `y` [.., B] along the last dimension."""
@@ -261,7 +287,7 @@ class Context:
         """Copy `value` into a tensor that outlives the graph, at this point of its order."""
         assert prod(value.shape) == prod(target.shape), (value.shape, target.shape)
         handle = self.lib.ggml_cpy(self.handle, value.handle, target.handle)
-        self.expand(self._in_place(Tensor(handle, target.shape, target.type)))
+        self.expand(self._in_place(handle, target))
 
     def begin(self, layer: int, x: Tensor) -> None:
         """What comes into the graph after `x`, the last value of what is before, belongs to `layer`.

@@ -8,7 +8,7 @@ with it its own memory for intermediate values.
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from griffin_gguf.runtime.errors import BackendError, UnsupportedError
 from griffin_gguf.runtime.ggml import abi, remote
@@ -80,14 +80,22 @@ class Split:
             found = self._schedules[context] = Schedule(self.devices, self.lib, context, self._placed(context))
         return found
 
-    def _placed(self, context: Context) -> Iterator[tuple[int, Device]]:
-        """Every node that computes, with its device: the layer's, or the CPU where that one lacks the operation."""
-        nodes, lib = context.nodes(), abi.load()
+    def _placed(self, context: Context) -> dict[int, Device]:
+        """Every node that computes, with its device: the layer's, or the CPU where that one lacks the operation.
+
+        What writes in place runs where the memory is.
+        """
+        nodes, lib, placed = context.nodes(), abi.load(), dict[int, Device]()
         for (start, layer), stop in zip(context.begins, [b for b, _ in context.begins[1:]] + [len(nodes)], strict=True):
             device = self._cpu if layer < 0 else self._layers[min(layer, len(self._layers) - 1)]
             for node in nodes[start:stop]:
-                if lib.ggml_op_desc(node) not in _VIEWS:
-                    yield node, device if device.unsupported(context, [node]) is None else self._cpu
+                if lib.ggml_op_desc(node) in _VIEWS:
+                    continue
+                if node in context.in_place:
+                    placed[node] = placed.get(context.in_place[node], device)
+                else:
+                    placed[node] = device if device.unsupported(context, [node]) is None else self._cpu
+        return placed
 
     def run(self, context: Context) -> None:
         """Compute the context's graph; raises `BackendError` when a device fails."""
@@ -132,7 +140,7 @@ class Schedule:
     _handle: int | None = None
 
     def __init__(
-        self, devices: Sequence[Device], lib: abi.Library, context: Context, placed: Iterable[tuple[int, Device]]
+        self, devices: Sequence[Device], lib: abi.Library, context: Context, placed: Mapping[int, Device]
     ) -> None:
         self._lib, self._graph = lib, context.graph
         self._remotes = [device for device in devices if device.is_remote]
@@ -141,7 +149,7 @@ class Schedule:
         count = 2 * len(context.nodes()) + _SPARE
         backends = (ctypes.c_void_p * len(devices))(*(device.backend for device in devices))
         self._handle = lib.ggml_backend_sched_new(ctypes.addressof(backends), None, len(devices), count, False, False)
-        for node, device in placed:
+        for node, device in placed.items():
             abi.load().ggml_backend_sched_set_tensor_backend(self._handle, node, device.backend)
         if not lib.ggml_backend_sched_alloc_graph(self._handle, self._graph):
             raise BackendError(f"ggml: no memory for a graph's intermediate values{last_error()}")

@@ -1,8 +1,12 @@
 """Devices by name and what each can take; and what happens when memory is not to be had."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from griffin_gguf.convert.pipeline import convert
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.backends.ggml import GgmlBackend
 from griffin_gguf.runtime.errors import BackendError, UnsupportedError
-from griffin_gguf.runtime.ggml import rpc
+from griffin_gguf.runtime.ggml import remote, rpc
 from griffin_gguf.runtime.ggml.catalog import catalog, extra_buffer_types, find, library, names
 from griffin_gguf.runtime.ggml.device import Allocator, Device
 from griffin_gguf.runtime.ggml.graph import Context
@@ -140,3 +144,69 @@ def test_a_graph_that_could_not_be_placed_leaves_no_graph_behind(model: Path, mo
         backend = loaded._backend
         assert isinstance(backend, GgmlBackend)
         assert backend.allocators[False].nbytes > 0  # nothing was computed in memory that is gone
+
+
+@contextmanager
+def answering(answer: bytes | None) -> Iterator[int]:
+    """A server on loopback that says this to everyone, whatever is asked; None: that never says a thing. Its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        if answer is None:
+                            connection.recv(1 << 10)
+                            connection.recv(1 << 10)  # until the other side hangs up
+                        connection.sendall(answer or b"")
+                        connection.recv(1 << 10)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b"", "does not speak ggml's RPC protocol"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "speaks version .* of ggml's RPC protocol, expected 7"),
+        ((28).to_bytes(8, "little") + bytes([6, 3, 1]) + bytes(25), "speaks version 6.3.1 of ggml's RPC protocol"),
+        (None, "does not answer: it is out of reach, or serves someone else"),
+    ],
+)
+def test_what_is_no_server_of_ours_is_said_to_be(
+    answer: bytes | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "_PATIENCE", 0.2 if answer is None else 5.0)
+    with answering(answer) as port, pytest.raises(BackendError, match=problem):
+        rpc._greet("127.0.0.1", port)
+
+
+def test_a_server_of_ours_is_greeted_and_none_at_all_is_named() -> None:
+    with answering((28).to_bytes(8, "little") + bytes([7, 0, 0]) + bytes(25)) as port:
+        rpc._greet("127.0.0.1", port)
+    with pytest.raises(BackendError, match=rf"^rpc: the server at 127\.0\.0\.1:{port} cannot be reached: "):
+        rpc._greet("127.0.0.1", port)
+    with pytest.raises(BackendError, match=r"no-such-host\.invalid:50052 cannot be reached"):
+        rpc._greet("no-such-host.invalid", 50052)
+
+
+def test_calls_that_may_reach_a_server_run_on_one_thread_and_give_back_what_comes() -> None:
+    here = threading.current_thread()
+    there = remote.call(threading.current_thread)
+    assert there is not here
+    assert remote.call(threading.current_thread) is there
+    assert remote.call(lambda: remote.call(threading.current_thread)) is there  # such as a destructor, in a call
+    assert remote.call(divmod, 17, 5) == (3, 2)
+    with pytest.raises(ZeroDivisionError):
+        remote.call(divmod, 1, 0)
+    assert remote.call(divmod, 17, 5) == (3, 2)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda i=i: found.append(remote.call(abs, -i))) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(20))
+    assert not remote.is_over()

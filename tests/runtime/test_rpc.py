@@ -54,7 +54,8 @@ def run(script: str, *arguments: str) -> str:
 
 CHAIN = """
 import sys
-from chain import check
+from chain import Chain, check
+from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.device import Device
 from griffin_gguf.runtime.ggml.split import Split
 one, two = (Device(1, f"rpc:{endpoint}") for endpoint in sys.argv[1:])
@@ -63,6 +64,17 @@ check(one)
 check(Split([(one, 4)], threads=1))
 check(Split([(one, 2), (two, 2)], threads=1))
 check(Split([(one, 1), (Device(1, "CPU"), 1), (two, 2)]))
+
+def lacking(*names):  # as if the device lacked these
+    def unsupported(context, nodes=None):
+        ops = (abi.load().ggml_op_desc(node).decode() for node in (context.nodes() if nodes is None else nodes))
+        return next((op for op in ops if op in names), None)
+    return unsupported
+
+one.unsupported = lacking("TANH", "MUL")  # those are computed here
+check(Split([(one, 2), (two, 2)], threads=1))
+one.unsupported = lacking("CPY")  # but none that writes into the server's memory
+assert Split([(one, 4)]).unsupported(Chain(Split([(one, 4)])).graph()[0]) == "CPY"
 print("right")
 """
 
