@@ -72,7 +72,15 @@ def _backend(
         raise UnsupportedError(f"backend: expected auto, ggml or numpy, found {name!r}")
     try:
         tuning, notice = stored(file, ", ".join(devices))
-        return GgmlBackend(file, replace(tuning, threads=threads) if threads else tuning, devices), notice
+        if threads:
+            tuning = replace(tuning, threads=threads)
+        try:
+            return GgmlBackend(file, tuning, devices), notice
+        except BackendError as error:
+            if tuning.buffers == "mapped":
+                raise
+            notice = f"weights stay as they are mapped: {error}"  # a copy that was tuned for, and has no room now
+            return GgmlBackend(file, replace(tuning, buffers="mapped"), devices), notice
     except BackendError as error:
         if name == "ggml" or devices:
             raise

@@ -115,6 +115,7 @@ class Pace:
     _SLOPE = 0.3  # a further row's cost in plain tokens, before any was measured
     _DOUBT = 0.002  # what a pass takes from the costs of other lengths: one that was bad once is tried again some time
     _MEMORY = 16  # outcomes that a grade's worth is an average of
+    _PLAIN = 16  # after so many passes with drafts, one without: what is compared with must not be of long ago
     _NOTHING = 0.02  # plain tokens: a draft that costs no more is always asked for
 
     def __init__(self) -> None:
@@ -124,11 +125,12 @@ class Pace:
         self._any_right = 0.5
         self._draft_cost: float | None = None  # seconds a token asked for
         self._total = self._lost = 0.0  # seconds
+        self._since_plain = 0  # passes
 
     def ask(self, most: int) -> int:
-        """How many tokens to ask a drafter for, at most `most`; 0 until a plain pass was measured."""
+        """How many tokens to ask a drafter for, at most `most`; 0 where a plain pass is to be measured first."""
         plain = self._costs.get(1)
-        if plain is None or most < 1 or self._balance(plain) < 0:
+        if plain is None or most < 1 or self._since_plain == self._PLAIN or self._balance(plain) < 0:
             return 0
         each = self._draft_cost
         if each is None:
@@ -171,7 +173,10 @@ class Pace:
     def passed(self, rows: int, gained: int, seconds: float, drafting: float) -> None:
         """A pass of so many rows took `seconds` and gave `gained` tokens, after `drafting` seconds."""
         known = self._costs.get(rows)
-        self._costs[rows] = seconds if known is None else _blend(known, seconds)
+        self._costs[rows] = cost = seconds if known is None else _blend(known, seconds)
+        for fewer in [size for size in self._costs if size < rows]:
+            self._costs[fewer] = min(self._costs[fewer], cost)  # what costs more was measured in a busier moment
+        self._since_plain = self._since_plain + 1 if rows > 1 else 0
         plain = self._costs.get(1, seconds)
         self._total += seconds + drafting
         self._lost += drafting + (seconds - gained * plain if rows > 1 else 0.0)

@@ -35,7 +35,7 @@ ROUNDS = 5
 #: How much faster than the best so far another way must be. Repacked weights are a copy in memory, made at every
 #: start, where mapped ones are shared between programs and there at once: they must earn it.
 MARGIN = 0.02
-_MARGINS: dict[tuple[str, Any], float] = {("buffers", "repacked"): 0.1}
+_MARGINS: dict[tuple[str, Any], float] = {("buffers", "repacked"): 0.1, ("buffers", "both"): 0.05}
 
 _DECODE_SECONDS = 0.4  # decoding is timed for about so long a round
 _DECODE_TOKENS = range(4, 65)
@@ -111,7 +111,7 @@ def _fields() -> Iterator[tuple[str, list[Any]]]:
     yield "threads", sorted({1, default // 4, default // 2, 3 * default // 4, cores} - {0, default}, reverse=True)
     yield "attention", ["plain"]
     yield "chunk", [256, 128]
-    yield "buffers", ["repacked"]
+    yield "buffers", ["repacked", "both"]
 
 
 def _duel(
@@ -175,7 +175,7 @@ class _Subject:
         """Why there is no room for a copy of the weights, where one is to be made."""
         needed = sum(info.nbytes for info in self.file.tensors.values())
         available = psutil.virtual_memory().available
-        if value != "repacked" or needed < available:
+        if value not in ("repacked", "both") or needed < available:
             return None
         return f"a copy of the weights takes {needed:,} bytes, and {available:,} are free"
 

@@ -33,9 +33,9 @@ class Tuning:
     """How ggml shall run a model. Raises `UnsupportedError` for what cannot be.
 
     `threads` are the CPU's, None for one a physical core. `buffers` "mapped" lets weights lie where they are mapped
-    from the file; "repacked" copies those that the device's own kernels want in another order. `attention` is ggml's
-    flash attention or plain matrix products with a softmax. `chunk` is how many tokens at most go through the weights
-    at once.
+    from the file; "repacked" copies those that the device's own kernels want in another order; "both" has such copies
+    for single tokens, and the file's for chunks. `attention` is ggml's flash attention or plain matrix products with a
+    softmax. `chunk` is how many tokens at most go through the weights at once.
     """
 
     threads: int | None = None

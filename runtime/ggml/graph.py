@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from math import pi, prod, sqrt
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
 
@@ -51,9 +54,13 @@ class Context:
     def __init__(self, tensors: int, nodes: int = 0) -> None:
         self.lib = abi.load()
         graph_bytes = self.lib.ggml_graph_overhead_custom(nodes, False) if nodes else 0
-        self._handle = self.lib.ggml_init(
-            abi.InitParams(self.lib.ggml_tensor_overhead() * tensors + graph_bytes, None, True)
-        )
+        nbytes = self.lib.ggml_tensor_overhead() * tensors + graph_bytes
+        try:
+            memory = np.empty(nbytes, np.uint8)  # ggml, asked for it, would end the process
+        except MemoryError:
+            raise BackendError(f"ggml: no memory for a graph of {tensors} tensors, {nbytes:,} bytes") from None
+        self._memory: NDArray[np.uint8] | None = memory
+        self._handle = self.lib.ggml_init(abi.InitParams(nbytes, memory.ctypes.data, True))
         if not self._handle:
             raise BackendError("ggml: out of memory for a context")
         self.graph: int = self.lib.ggml_new_graph_custom(self._handle, nodes, False) if nodes else 0
@@ -71,7 +78,7 @@ class Context:
         """Free every header; handles of this context are dead after it."""
         if self._handle:
             self.lib.ggml_free(self._handle)
-            self._handle = None
+            self._handle = self._memory = None
 
     def __del__(self) -> None:
         self.close()
@@ -267,7 +274,7 @@ class Context:
 
     def plain_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """The same by two products and a softmax: `k` and `v` meet the values in their own type."""
-        heads, count, width = q.shape
+        _, count, width = q.shape
         assert mask.type == abi.F16, mask
         assert mask.shape == (count, k.shape[1]), (mask.shape, q.shape, k.shape)
         scores = self.matmul(k, q)  # [N, T, R]

@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from checkpoints import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
 from numpy.typing import NDArray
 
+from griffin_gguf.convert.pipeline import convert
 from griffin_gguf.runtime import Model, load
+from griffin_gguf.runtime import model as model_module
+from griffin_gguf.runtime.backends.ggml_weights import Weights
 from griffin_gguf.runtime.errors import BackendError, FileFormatError, UnsupportedError
 from griffin_gguf.runtime.ggml import abi
+from griffin_gguf.runtime.tuning import Buffers, Tuning
 
 TOKENS = np.random.default_rng(11).integers(0, 384, 160)
 
@@ -171,3 +176,33 @@ def test_ggml_equals_numpy_however_long_the_text_has_been(path: Path, position: 
             state.position = position
             logits.append(model.forward(TOKENS, state, every=True))
     assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()
+
+
+def test_a_copy_that_has_no_room_any_more_is_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned for in another hour: the model runs, from its mapped file, and says so."""
+    monkeypatch.setattr(model_module, "stored", lambda *_: (Tuning(threads=1, buffers="both"), None))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendError("ggml: no memory for the repacked weights")
+
+    monkeypatch.setattr(Weights, "_repack", refuse)
+    with load(path) as model:
+        assert model.backend == "ggml"
+        assert model.notice == "weights stay as they are mapped: ggml: no memory for the repacked weights"
+        assert model.forward([1, 2], model.new_state()).shape == (384,)
+
+
+@pytest.mark.parametrize("buffers", ["repacked", "both"])
+def test_repacked_weights_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: Buffers) -> None:
+    """Types without such kernels among them, and one token as well as a chunk."""
+    folder = random_checkpoint(tmp_path / "wide", dtype="f32", hidden_size=256, lru_width=256, intermediate_size=1024)
+    convert(folder, [(tmp_path / f"{t}.gguf", t) for t in ("Q4_K_M", "Q2_K", "Q4_0", "Q8_0")])
+    for type in ("Q4_K_M", "Q2_K", "Q4_0", "Q8_0"):
+        found: list[NDArray[np.float32]] = []
+        for choice in ("mapped", buffers):
+            monkeypatch.setattr(model_module, "stored", lambda *_, c=choice: (Tuning(threads=1, buffers=c), None))
+            with load(tmp_path / f"{type}.gguf", backend="ggml") as model:
+                state = model.new_state()
+                rows = [model.forward(TOKENS[:40], state), *(model.forward([t], state) for t in TOKENS[40:50])]
+                found.append(np.stack(rows))
+        assert np.abs(found[0] - found[1]).max() <= 2e-2 * np.abs(found[0]).max()

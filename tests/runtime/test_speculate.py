@@ -320,6 +320,14 @@ def test_noise_and_one_bad_first_measure_do_not_end_it() -> None:
     assert run.seconds(600, 0.97, noise=0.5) < 600
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.3])
+def test_a_busy_moment_does_not_make_drafts_look_cheap(chance: float) -> None:
+    run = Run({rows: 8 * cost for rows, cost in CPU.items()})
+    run.seconds(1, 0.9)  # a plain pass is measured, eight times as slow as they are from now on
+    run.costs = CPU
+    assert run.seconds(300, chance) <= 300 / 0.93
+
+
 def test_guesses_are_learned_from_unverified() -> None:
     run = Run(CPU)
     run.seconds(20, 0.0)

@@ -87,7 +87,7 @@ def test_where_nothing_is_faster_the_defaults_stay(model: Path, monkeypatch: pyt
     tried = [(duel.field, duel.value) for duel in duels]
     assert tried == [
         ("threads", 8), ("threads", 3), ("threads", 2), ("threads", 1), ("attention", "plain"), ("chunk", 256),
-        ("chunk", 128), ("buffers", "repacked"),
+        ("chunk", 128), ("buffers", "repacked"), ("buffers", "both"),
     ]  # fmt: skip
     assert not any(duel.won for duel in duels)
     assert script.most_alive == 2
@@ -105,11 +105,14 @@ def test_the_fastest_of_each_is_taken_and_kept_for_the_rest(model: Path, monkeyp
     assert script.alive == []
 
 
-@pytest.mark.parametrize(("ratio", "buffers"), [(0.92, "mapped"), (0.89, "repacked")])
+@pytest.mark.parametrize(
+    ("repacked", "both", "buffers"),
+    [(0.92, 0.96, "mapped"), (0.89, 0.9, "repacked"), (0.92, 0.94, "both"), (0.8, 0.7, "both")],
+)
 def test_repacked_weights_must_earn_their_memory(
-    model: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, buffers: str
+    model: Path, monkeypatch: pytest.MonkeyPatch, repacked: float, both: float, buffers: str
 ) -> None:
-    Scripted(monkeypatch, factors(buffers_repacked=ratio))
+    Scripted(monkeypatch, factors(buffers_repacked=repacked, buffers_both=both))
     assert tune(model)[0] == replace(Tuning(), buffers=buffers)
 
 
@@ -129,7 +132,7 @@ def test_what_is_hopeless_gets_one_round(model: Path, monkeypatch: pytest.Monkey
 
 def test_what_the_device_refuses_is_told_and_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def times(tuning: Tuning) -> list[float]:
-        if tuning.buffers == "repacked":
+        if tuning.buffers != "mapped":
             raise BackendError("ggml: this device repacks nothing")
         return [1.0]
 
