@@ -8,7 +8,7 @@ sequence by sequence, from what the chunks before left behind.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Ops(Protocol[A]):
     `name` is a weight's GGUF name without `.weight` and `.bias`, `layer` the number of the block.
     """
 
-    def embed(self, tokens: A) -> A:
+    def embed(self, tokens: Any) -> A:
         """Rows of the embedding, scaled: [T] -> [T, H]."""
         ...
 
@@ -108,7 +108,7 @@ class Ops(Protocol[A]):
         ...
 
 
-def forward(ops: Ops[A], hp: Hyperparameters, tokens: A, rows: Rows) -> A | None:
+def forward(ops: Ops[A], hp: Hyperparameters, tokens: Any, rows: Rows) -> A | None:
     """What `soft_cap` makes logits of: f32 [T, V], [S, V] or None, as `rows` asks. The states have moved on then."""
     x = ops.embed(tokens)
     for i, recurrent in enumerate(hp.recurrent):

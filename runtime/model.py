@@ -216,10 +216,11 @@ class Model:
             size = len(chunk) if every else 1
             part = None if logits is None else logits[at : at + size]
             at += size
-            wanted = part is not None and (every or end)
-            if wanted:
+            last = None
+            if part is not None and (every or end):
                 text.logits.append(part)
-            text.state.move(len(chunk), part if every else None, part[-1].copy() if wanted else None, traced)
+                last = part[-1].copy()
+            text.state.move(len(chunk), part if every else None, last, traced)
             text.state.torn = False
             text.read += len(chunk)
 

@@ -16,6 +16,11 @@ class Backend(Protocol):
     chunk: int  # tokens that one batch may have
 
     @property
+    def fingerprint(self) -> str:
+        """Of the model, for saved states."""
+        ...
+
+    @property
     def state_nbytes(self) -> int:
         """Bytes of a state."""
         ...

@@ -73,9 +73,13 @@ class GgmlBackend:
         """Bytes of a state."""
         return self.memory.nbytes
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of the model, for saved states."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self._file)
 
     def new_state(self) -> GgmlState:

@@ -81,9 +81,13 @@ class NumpyBackend:
         """Bytes of a state."""
         return states.nbytes(self._hp, GGMLQuantizationType.F32)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of the model, for saved states."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self._file)
 
     def new_state(self) -> NumpyState:

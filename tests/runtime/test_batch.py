@@ -39,6 +39,11 @@ def alone(model: Model) -> list[NDArray[np.float32]]:
     return [model.forward(text, model.new_state(), every=True) for text in TEXTS]
 
 
+def last_of(state: State) -> NDArray[np.float32]:
+    assert state.logits is not None
+    return state.logits
+
+
 def close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
     return bool(np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max())
 
@@ -60,8 +65,7 @@ def test_texts_of_any_lengths_at_any_positions_read_as_if_alone(
             rows = alone[i][p : p + step[i]]
             assert close(found, rows if every else rows[-1])
             assert states[i].position == p + step[i]
-            assert states[i].logits is not None
-            assert close(states[i].logits, rows[-1])
+            assert close(last_of(states[i]), rows[-1])
 
 
 def test_a_batch_longer_than_a_chunk_moves_every_text(model: Model) -> None:

@@ -199,8 +199,8 @@ def test_repacked_weights_say_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     convert(folder, [(tmp_path / f"{t}.gguf", t) for t in ("Q4_K_M", "Q2_K", "Q4_0", "Q8_0")])
     for type in ("Q4_K_M", "Q2_K", "Q4_0", "Q8_0"):
         found: list[NDArray[np.float32]] = []
-        for choice in ("mapped", buffers):
-            monkeypatch.setattr(model_module, "stored", lambda *_, c=choice: (Tuning(threads=1, buffers=c), None))
+        for tuning in (Tuning(1), Tuning(1, buffers)):
+            monkeypatch.setattr(model_module, "stored", lambda *_, tuning=tuning: (tuning, None))
             with load(tmp_path / f"{type}.gguf", backend="ggml") as model:
                 state = model.new_state()
                 rows = [model.forward(TOKENS[:40], state), *(model.forward([t], state) for t in TOKENS[40:50])]
