@@ -239,7 +239,7 @@ CHANGES: list[tuple[Change, str]] = [
     (_meta("position", "01"), "griffin.position: expected a whole number in a string, found '01'"),
     (_meta("position", "1\n"), r"griffin.position: expected a whole number in a string, found '1\n'"),
     (_meta("position", "١"), r"griffin.position: expected a whole number in a string, found '\u0661'"),
-    (_meta("position", str(2**63)), f"griffin.position: expected at most {2**63 - 1}, found {2**63}"),
+    (_meta("position", str(2**63)), f"griffin.position: expected at most {LAST_POSITION}, found {2**63}"),
     (_meta("position", "9" * 20), "griffin.position: expected a whole number in a string, found '999"),
     (lambda _, meta: meta.pop("griffin.checksum"), "griffin.checksum: is missing"),
     (_meta("checksum", "crc32:0000000"), "griffin.checksum: expected crc32: and 8 hex digits, found 'crc32:0000000'"),
