@@ -113,8 +113,9 @@ class Pace:
     _SAVED = 6.0  # plain tokens: savings beyond that buy no more failures
     _MARGIN = 1.03  # a draft must promise so many times the plain speed
     _SLOPE = 0.3  # a further row's cost in plain tokens, before any was measured
-    _DOUBT = 0.002  # what a pass takes from the costs of other lengths: one that was bad once is tried again some time
+    _DOUBT = 0.01  # what a pass takes from the costs of other lengths: one that was bad once is tried again some time
     _MEMORY = 16  # outcomes that a grade's worth is an average of
+    _FIRST = 2  # plain passes are measured before anything else: the first of all may build and allocate
     _PLAIN = 16  # after so many passes with drafts, one without: what is compared with must not be of long ago
     _NOTHING = 0.02  # plain tokens: a draft that costs no more is always asked for
 
@@ -124,13 +125,15 @@ class Pace:
         self._seen = [2] * GRADES
         self._any_right = 0.5
         self._draft_cost: float | None = None  # seconds a token asked for
-        self._total = self._lost = 0.0  # seconds
-        self._since_plain = 0  # passes
+        self._total = self._lost = 0.0  # plain tokens, each at its time's price
+        self._plain = self._since_plain = 0  # passes
 
     def ask(self, most: int) -> int:
         """How many tokens to ask a drafter for, at most `most`; 0 where a plain pass is to be measured first."""
-        plain = self._costs.get(1)
-        if plain is None or most < 1 or self._since_plain == self._PLAIN or self._balance(plain) < 0:
+        if self._plain < self._FIRST or self._since_plain == self._PLAIN:
+            return 0
+        plain = self._costs[1]
+        if most < 1 or self._balance(plain) < 0:
             return 0
         each = self._draft_cost
         if each is None:
@@ -172,21 +175,31 @@ class Pace:
 
     def passed(self, rows: int, gained: int, seconds: float, drafting: float) -> None:
         """A pass of so many rows took `seconds` and gave `gained` tokens, after `drafting` seconds."""
-        known = self._costs.get(rows)
-        self._costs[rows] = cost = seconds if known is None else _blend(known, seconds)
+        self._costs[rows] = self._measured(rows, seconds)
         for fewer in [size for size in self._costs if size < rows]:
-            self._costs[fewer] = min(self._costs[fewer], cost)  # what costs more was measured in a busier moment
+            self._costs[fewer] = min(self._costs[fewer], seconds)  # what costs more was measured in a busier moment
+        self._plain += rows == 1
         self._since_plain = self._since_plain + 1 if rows > 1 else 0
         plain = self._costs.get(1, seconds)
-        self._total += seconds + drafting
-        self._lost += drafting + (seconds - gained * plain if rows > 1 else 0.0)
-        self._lost = max(self._lost, -self._SAVED * plain)
+        seconds = min(seconds, 2 * self._costs[rows])  # that the machine stood still is no draft's fault
+        self._total += (seconds + drafting) / plain
+        lost = drafting / plain + (seconds / plain - gained if rows > 1 else 0.0)
+        self._lost = max(self._lost + lost, -self._SAVED)
         for other in self._costs.keys() - {1, rows}:
             self._costs[other] -= (self._costs[other] - plain) * self._DOUBT
 
+    def _measured(self, rows: int, seconds: float) -> float:
+        """What a pass costs as far as is known, after one that took so long."""
+        if rows not in self._costs:
+            # The first of a length may build and allocate, and a guess is not that far off.
+            return min(seconds, 1.5 * self._cost(rows)) if 1 in self._costs else seconds
+        if rows == 1 and self._plain < self._FIRST:
+            return min(self._costs[1], seconds)
+        return _blend(self._costs[rows], seconds)
+
     def _balance(self, plain: float) -> float:
         """Seconds that may be lost now."""
-        return self._START * plain + self.ALLOWED * self._total - self._lost
+        return plain * (self._START + self.ALLOWED * self._total - self._lost)
 
     def _speed(self, chances: Sequence[float], drafting: float) -> float:
         """Tokens a second to expect of a draft whose tokens have these chances."""
@@ -218,8 +231,8 @@ class Pace:
 
 
 def _blend(known: float, new: float) -> float:
-    """An average over time that follows a lower figure sooner than a higher: noise only ever adds."""
-    return known + (new - known) * (0.5 if new < known else 0.2)
+    """An average over time that follows a lower figure sooner than a higher: noise only ever adds, at times much."""
+    return known + (new - known) * 0.5 if new < known else known + (min(new, 2 * known) - known) * 0.2
 
 
 class PromptLookup:

@@ -290,7 +290,7 @@ def test_on_text_that_does_not_repeat_little_is_lost(costs: dict[int, float], dr
 
 @pytest.mark.parametrize("seed", range(5))
 def test_on_text_that_repeats_much_is_won(seed: int) -> None:
-    assert Run(CPU, seed=seed).seconds(100, 0.97) < 100 / 1.5
+    assert Run(CPU, seed=seed).seconds(100, 0.97) < 100 / 1.4
     assert Run(CPU, seed=seed).seconds(300, 0.97) < 300 / 1.8
     assert Run(GPU, seed=seed).seconds(300, 0.8) < 300 / 2.5
     assert Run(GPU, 0.1, seed=seed).seconds(300, 0.8) < 300 / 1.6
@@ -299,7 +299,7 @@ def test_on_text_that_repeats_much_is_won(seed: int) -> None:
 def test_text_that_begins_to_repeat_is_noticed_and_so_is_its_end() -> None:
     run = Run(CPU)
     for _ in range(3):
-        assert run.seconds(300, 0.02) <= 300 / 0.95
+        assert run.seconds(300, 0.02) <= 300 / 0.94  # what was saved before may be spent
         assert run.seconds(300, 0.97) < 300 / 1.5
     costly = Run(GPU, 0.3)
     costly.seconds(300, 0.02)
@@ -316,16 +316,20 @@ def test_noise_and_one_bad_first_measure_do_not_end_it() -> None:
     run = Run(dict(CPU))
     run.seconds(5, 0.0)
     run.pace.passed(4, 1, 30.0, 0.0)  # the first pass of a length may build and allocate
+    run.seconds(100, 0.0)
+    assert run.seconds(300, 0.97, noise=0.5) < 300
+    for rows in ROWS[1:]:
+        run.pace.passed(rows, 1, 50.0, 0.0)  # the machine stood still
     run.seconds(1500, 0.0)
-    assert run.seconds(600, 0.97, noise=0.5) < 600
+    assert run.seconds(300, 0.97) < 300 / 1.5
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3])
 def test_a_busy_moment_does_not_make_drafts_look_cheap(chance: float) -> None:
     run = Run({rows: 8 * cost for rows, cost in CPU.items()})
-    run.seconds(1, 0.9)  # a plain pass is measured, eight times as slow as they are from now on
+    run.seconds(2, 0.9)  # plain passes are measured, eight times as slow as they are from now on
     run.costs = CPU
-    assert run.seconds(300, chance) <= 300 / 0.93
+    assert run.seconds(300, chance) <= 300 / 0.9
 
 
 def test_guesses_are_learned_from_unverified() -> None:
@@ -340,10 +344,11 @@ def test_guesses_are_learned_from_unverified() -> None:
     assert run.pace.choose([3] * 15, 0.0) > 0
 
 
-def test_nothing_is_asked_before_a_plain_pass_was_measured() -> None:
+def test_nothing_is_asked_before_plain_passes_were_measured() -> None:
     pace = Pace()
-    assert pace.ask(15) == 0
-    pace.passed(1, 1, 1.0, 0.0)
+    for seconds in (9.0, 1.0):  # the first may build and allocate
+        assert pace.ask(15) == 0
+        pace.passed(1, 1, seconds, 0.0)
     assert pace.ask(15) == 3  # what a draft costs is not known yet
     pace.drafted(3, 0.0)
     assert (pace.ask(15), pace.ask(2), pace.ask(0)) == (15, 2, 0)
