@@ -2,7 +2,7 @@
 
 python benchmarks/scan.py [--tokens 512] [--width 2560] [--rounds 9] [--threads 2]
 
-ggml has no operation for it. `blocked` is the runtime's (runtime/backends/ggml_ops.py); `chain` does token after
+ggml has no operation for it. `blocked` is the runtime's (runtime/backends/scan.py); `chain` does token after
 token in place; `ssm_scan` is a Mamba of state width 1 whose step sizes and decays are chosen so that it computes the
 same. Figures are for one layer; inputs of all three are prepared outside the time.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scale import machine
 from timing import seconds
 
-from griffin_gguf.runtime.backends.ggml_ops import scan
+from griffin_gguf.runtime.backends.scan import scan
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.device import Device
 from griffin_gguf.runtime.ggml.graph import Context, Tensor

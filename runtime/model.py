@@ -160,7 +160,7 @@ class Model:
         """Read `tokens` (at least one) on top of `state`, which moves on by as many.
 
         Logits after the last token, float32 [V], or with `every` after each, float32 [T, V]. With `trace` the state
-        can be rolled back to any token of the last chunk of at most `CHUNK`. The result does not depend on how a
+        can be rolled back to any token of the last pass, see `forward_batch`. The result does not depend on how a
         text is cut into calls, beyond rounding. Raises `UnsupportedError` for an empty sequence, a token that is no
         whole number or outside the vocabulary, a state of another model, a closed model; `state` is as before then.
         """
@@ -171,8 +171,10 @@ class Model:
     ) -> list[NDArray[np.float32]]:
         """Read several texts at once, each on top of its own state: weights are read once for all of them.
 
-        As `forward` for each of `batch`, beyond rounding: texts may be of any lengths, at any positions. Raises
-        `UnsupportedError` as `forward` does, and for one state that stands twice; all states are as before then.
+        As `forward` for each of `batch`, beyond rounding: texts may be of any lengths, at any positions. They are read
+        in passes of at most `chunk` tokens in all (with `every` of some 16 million logits, 65 tokens of a vocabulary of
+        256,000); a trace is left by those that end in the last pass. Raises `UnsupportedError` as `forward` does, and
+        for one state that stands twice; all states are as before then.
         """
         ids = [self._checked(tokens) for tokens, _ in batch]
         given = [state for _, state in batch]
@@ -208,8 +210,6 @@ class Model:
         ends = [len(chunk) == text.left for text, chunk in chunks]
         rows: Rows = "every" if every else "last" if any(ends) else "none"
         traced = trace and all(ends)
-        for text, _ in chunks:
-            text.state.torn = True  # until the end is reached: Ctrl-C, or a device that fails, comes between
         logits = self._backend.run([(chunk, text.state) for text, chunk in chunks], rows, traced)
         at = 0
         for (text, chunk), end in zip(chunks, ends, strict=True):
@@ -221,7 +221,6 @@ class Model:
                 text.logits.append(part)
                 last = part[-1].copy()
             text.state.move(len(chunk), part if every else None, last, traced)
-            text.state.torn = False
             text.read += len(chunk)
 
     def _checked(self, tokens: Tokens) -> NDArray[np.int32]:

@@ -94,7 +94,7 @@ class State(ABC):
         """Note that a chunk of `count` tokens was read: the logits that it gave, and whether it left a trace."""
         self._chunk_start, self._chunk_logits = (self.position, every) if traced else (None, None)
         self.position += count
-        self.logits = last
+        self.logits, self.torn = last, False
 
     def check(self, count: int = 0) -> None:
         """Raise `UnsupportedError` where the state cannot go on by `count` tokens."""
@@ -118,7 +118,13 @@ class State(ABC):
         if start is None or not start < position < self.position:
             known = "nothing" if start is None else f"{start + 1} to {self.position}"
             raise UnsupportedError(f"state: cannot go back to {position}: {known} of the last chunk is kept")
-        self.rewind(position - start)
+        self.torn = True
+        try:
+            self.rewind(position - start)
+        except UnsupportedError:
+            self.torn = False  # nothing was done
+            raise
+        self.torn = False
         every = self._chunk_logits
         self.position = position
         self.logits = None if every is None else every[position - start - 1]
@@ -129,7 +135,8 @@ class State(ABC):
         Raises `GriffinError` naming `path` where it cannot be written, `UnsupportedError` after an interrupted step.
         """
         self.check()
-        saved_state.save(path, Saved(self.owner.fingerprint, self.position, self.read(), self.logits))
+        arrays = self.read()
+        saved_state.save(path, Saved(self.owner.fingerprint, self.position, arrays, self.logits))
 
     def restore(self, path: Path | str, vocab: int) -> None:
         """Take over what `save` wrote; raises `FileFormatError` for anything that does not fit this model."""

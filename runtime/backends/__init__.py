@@ -42,7 +42,8 @@ class Backend(Protocol):
     ) -> NDArray[np.float32] | None:
         """Feed a chunk of each text, 1 to CHUNK tokens in all: logits [T, V], [texts, V] or None.
 
-        The arrays of the states change, their `position` does not: see `State.move`. With `trace` each can go back.
+        The arrays of the states change, their `position` does not: they are `torn` until `State.move`. With `trace`
+        each can go back. Where nothing could be computed, for want of memory, they are as before.
         """
         ...
 

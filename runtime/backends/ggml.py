@@ -87,10 +87,14 @@ class GgmlBackend:
         return GgmlState(self, self.memory, self.device)
 
     def buffers_nbytes(self, texts: int) -> int:
-        """Bytes at most of a pass over a chunk of so many texts, and of the graphs that are kept; nothing is taken."""
-        part = Part(self.new_state().slot, max(1, self.chunk // texts), False, self.memory.ring)
+        """Bytes at most of a pass over a chunk of so many texts that leaves no trace, and of the graphs that are kept.
+
+        No memory is taken but for one state, where there is none yet.
+        """
         allocator, measured = self.device.allocator(), list[int]()
-        Graph(self, Plan((part,) * texts, "last", False), place=lambda c: measured.append(allocator.measure(c)))
+        with self.memory.lock:
+            part = Part(self.new_state().slot, max(1, self.chunk // texts), False, self.memory.ring)
+            Graph(self, Plan((part,) * texts, "last", False), place=lambda c: measured.append(allocator.measure(c)))
         places = 1 if isinstance(self.device, Device) else self._most_graphs
         return int(_UNEVEN * measured[0]) * places + self._most_graphs * _GRAPH_NBYTES
 
@@ -100,18 +104,19 @@ class GgmlBackend:
             self.memory.reserve(self.memory.taken + count)
 
     def forget_graphs(self) -> None:
-        """Build all graphs anew: tensors that they hold have moved."""
+        """Build all graphs anew: tensors that they hold have moved. What states may go back to lies elsewhere."""
         self._graphs.clear()
-        self._drop_trace()
 
     def run(self, batch: Batch, rows: Rows, trace: bool = False) -> NDArray[np.float32] | None:
         """Feed a chunk of each text: logits [T, V], [texts, V] or None."""
         order = sorted(range(len(batch)), key=lambda i: len(batch[i][0]) > 1)  # single tokens first
         ordered = [batch[i] for i in order]
         with self.memory.lock:
-            graph = self.graph(ordered, rows, trace=trace)
             if trace:
-                self._drop_trace()
+                self._drop_trace()  # a graph that leaves a trace takes its place
+            graph = self.graph(ordered, rows, trace=trace)
+            for _, state in ordered:
+                state.torn = True  # until `move`
             z = graph.run([chunk for chunk, _ in ordered], [state.position for _, state in ordered])
             if trace:
                 self._keep_trace(graph, [state for _, state in ordered])
@@ -161,12 +166,14 @@ class GgmlBackend:
 
     def close(self) -> None:
         """Release weights and memory; states made here are dead after it."""
-        self.forget_graphs()
-        for allocator in self.allocators.values():
-            allocator.close()
-        self.memory.close()
-        self.weights.close()
-        self.device.close()
+        with self.memory.lock:
+            self.forget_graphs()
+            self._drop_trace()
+            for allocator in self.allocators.values():
+                allocator.close()
+            self.memory.close()
+            self.weights.close()
+            self.device.close()
 
 
 def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows: Rows) -> NDArray[np.float32]:

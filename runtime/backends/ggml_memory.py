@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state as states
 from griffin_gguf.runtime.arch import Hyperparameters
-from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime.errors import BackendError, UnsupportedError
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.split import Devices
@@ -36,6 +36,7 @@ class Pool:
         self.lock = threading.RLock()  # held while a graph runs: until then no slot may move
         self.ring = states.ring_rows(hp)  # rows of one state's ring
         self.slots = 0
+        self._closed = False
         self.layers: list[LayerState[Tensor]] = []  # h [slots, W], tail [slots, W · (C-1)], k and v [slots · R, J]
         self._views: list[list[LayerState[Tensor]]] = []
         self._free: list[int] = []
@@ -48,18 +49,31 @@ class Pool:
 
     def of(self, slot: int) -> list[LayerState[Tensor]]:
         """A slot's arrays, shaped as at the head of state.py."""
+        if self._closed:
+            raise UnsupportedError("state: its model is closed")
         return self._views[slot]
 
     def take(self) -> int:
         """A slot filled with zeros, as no other state has it. Raises `BackendError` where there is no memory."""
         with self.lock:
+            if self._closed:
+                raise UnsupportedError("state: its model is closed")
             if not self._free:
-                self.reserve(max(1, 2 * self.slots))
+                self._double()
             slot = self._free.pop()
             if slot in self._used:
                 self.clear(slot)
             self._used.add(slot)
             return slot
+
+    def _double(self) -> None:
+        """More slots: twice as many, so that moving them stays rare, or one more where that is too much."""
+        try:
+            self.reserve(max(1, 2 * self.slots))
+        except BackendError:
+            if not self.slots:
+                raise
+            self.reserve(self.slots + 1)
 
     def give_back(self, slot: int) -> None:
         """The slot may be taken again; from any thread."""
@@ -121,6 +135,7 @@ class Pool:
 
     def close(self) -> None:
         """Give the memory back; all states are dead after it."""
+        self._closed = True
         if self.slots:
             contexts, buffers = self._kept
             for kept in (*buffers, *contexts):
@@ -182,14 +197,14 @@ class GgmlState(State):
 
     def reset(self) -> None:
         """Forget everything: position 0."""
-        self._pool.clear(self.slot)
+        with self._pool.lock:
+            self._pool.clear(self.slot)
         self.move(-self.position, None, None, traced=False)
-        self.torn = False
 
     def rewind(self, count: int) -> None:
-        if self.rewinder is None:
-            raise UnsupportedError("state: another chunk was read with a trace since; this one's is gone")
         with self._pool.lock:
+            if self.rewinder is None:
+                raise UnsupportedError("state: another chunk was read with a trace since; this one's is gone")
             self.rewinder(self.layers, count)
 
     @property

@@ -111,6 +111,8 @@ class NumpyBackend:
         parts = spans([len(chunk) for chunk, _ in batch], [state.position for _, state in batch])
         ops = NumpyOps(self._file, self._hp, list(zip(parts, [state for _, state in batch], strict=True)), trace)
         z = forward(ops, self._hp, tokens, rows)
+        for _, state in batch:
+            state.torn = True  # until `move`
         for target, value in ops.stores:
             target[...] = value
         return None if z is None else soft_cap(self._hp, z)

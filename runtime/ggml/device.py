@@ -14,7 +14,7 @@ from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi, remote
 from griffin_gguf.runtime.ggml.catalog import best, extra_buffer_types, find, library, memory_free, properties
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
-from griffin_gguf.runtime.ggml.log import last_error
+from griffin_gguf.runtime.ggml.log import capture, last_error
 from griffin_gguf.runtime.machine import compute_threads
 
 
@@ -68,6 +68,7 @@ class Device:
         self._device = find(name) if name else best()
         props = properties(self._device)
         self.lib = library(self._device)
+        capture(self.lib)
         self._backend = self.lib.ggml_backend_dev_init(self._device, None)
         self.name: str = props.name.decode()
         if not self._backend:
@@ -219,7 +220,7 @@ class Device:
 
     def allocator(self) -> "Allocator":
         """A place for the intermediate values of graphs of one shape."""
-        return Allocator(self.lib, self.lib.ggml_gallocr_new(self._buffer_type))
+        return Allocator(self.lib, self._buffer_type)
 
     def run(self, context: Context) -> None:
         """Compute the context's graph; raises `BackendError` when the device fails."""
@@ -251,17 +252,21 @@ class Device:
 class Allocator:
     """`ggml_gallocr`: places intermediate values so that dead ones are overwritten.
 
-    Graphs may share one as long as it does not grow: a graph's values are dead once its outputs are read.
+    Graphs may share one as long as it does not grow: a graph's values are dead once its outputs are read. `buffer_type`
+    is the memory's.
     """
 
-    def __init__(self, lib: abi.Library, handle: int) -> None:
-        self._lib = lib
-        self._handle: int | None = handle
+    def __init__(self, lib: abi.Library, buffer_type: int) -> None:
+        self._lib, self._type = lib, buffer_type
+        self._handle: int | None = lib.ggml_gallocr_new(buffer_type)
 
     def place(self, context: Context) -> None:
         """Give every tensor of the graph its address; raises `BackendError` when memory runs out."""
         if not self._lib.ggml_gallocr_alloc_graph(self._handle, context.graph):
-            raise BackendError(f"ggml: no memory for a graph's intermediate values{last_error()}")
+            why = last_error()
+            self.close()  # it has kept the plan that there was no memory for, and would follow it the next time
+            self._handle = self._lib.ggml_gallocr_new(self._type)
+            raise BackendError(f"ggml: no memory for a graph's intermediate values{why}")
 
     def measure(self, context: Context) -> int:
         """Bytes that the graph's values would take. Nothing is taken; an allocator that measures places no graph."""

@@ -16,10 +16,14 @@ def _keep(level: int, text: bytes, _: int) -> None:
         _errors.append(text.decode(errors="replace").strip())
 
 
-@functools.cache
 def capture(lib: abi.Library) -> None:
-    """Send ggml's messages here, once for all, until the interpreter ends; after that no Python may be called."""
+    """Send ggml's messages here, whoever has them now, until the interpreter ends: no Python may be called then."""
     lib.ggml_log_set(ctypes.cast(_keep, ctypes.c_void_p).value, None)
+    _give_up_at_exit(lib)
+
+
+@functools.cache
+def _give_up_at_exit(lib: abi.Library) -> None:
     atexit.register(lib.ggml_log_set, None, None)
 
 

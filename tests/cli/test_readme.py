@@ -11,6 +11,8 @@ import pytest
 from command import done
 from safetensors.numpy import save_file
 
+from griffin_gguf.runtime.tuning import VARIABLE
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [line for line in README.splitlines() if line.startswith("griffin ")]
@@ -32,6 +34,7 @@ def test_the_examples_run_one_after_the_other(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "tuning.json"))
     shutil.copytree(checkpoint, "google/recurrentgemma-2b-it")
     Path("my-text.txt").write_text("Some words of my own, and a few more of them.", encoding="utf-8")
     text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
@@ -44,7 +47,7 @@ def test_the_examples_run_one_after_the_other(
         done(name, *arguments, *single, stdin="Hello.\n")
     assert {path.name for path in Path().iterdir()} == {
         "best.gguf", "calibration.txt", "google", "imatrix.gguf", "mine.gguf", "models", "my-adapter", "my-text.txt",
-        "ollama-model", "report", "small.gguf",
+        "ollama-model", "report", "small.gguf", "tuning.json",
     }  # fmt: skip
 
     (code,) = PYTHON

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state
-from griffin_gguf.runtime.backends.ggml_ops import block_length, scan, scan_nodes
+from griffin_gguf.runtime.backends.scan import block_length, scan, scan_nodes
 from griffin_gguf.runtime.errors import BackendError
 from griffin_gguf.runtime.ggml import abi
 from griffin_gguf.runtime.ggml.device import Device
