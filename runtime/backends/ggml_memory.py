@@ -203,9 +203,10 @@ class GgmlState(State):
 
     def rewind(self, count: int) -> None:
         with self._pool.lock:
+            layers = self.layers  # refuses where the model is closed
             if self.rewinder is None:
                 raise UnsupportedError("state: another chunk was read with a trace since; this one's is gone")
-            self.rewinder(self.layers, count)
+            self.rewinder(layers, count)
 
     @property
     def nbytes(self) -> int:

@@ -68,7 +68,7 @@ class Device:
         self._device = find(name) if name else best()
         props = properties(self._device)
         self.lib = library(self._device)
-        capture(self.lib)
+        capture(abi.load())
         self._backend = self.lib.ggml_backend_dev_init(self._device, None)
         self.name: str = props.name.decode()
         if not self._backend:

@@ -95,7 +95,7 @@ def _dry_run(folder: Path, hp: Hyperparameters, file_type: LlamaFileType, tensor
         status = llama_cpp.llama_model_quantize(str(source).encode(), b"", ctypes.pointer(parameters))
     finally:
         llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), _POINTER())
-        log.capture.cache_clear()  # llama_log_set has set ggml's log as well
+        log.capture(abi.load())  # llama_log_set has set ggml's log as well
     assert status == 0, "".join(lines)
     return "".join(lines)
 
