@@ -106,9 +106,7 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_scale_bias": "p ppff",
     "ggml_sqr": "p pp",
     "ggml_sqrt": "p pp",
-    "ggml_exp": "p pp",
     "ggml_sigmoid": "p pp",
-    "ggml_tanh": "p pp",
     "ggml_swiglu_split": "p ppp",
     "ggml_div_inplace": "p ppp",
     "ggml_scale_bias_inplace": "p ppff",
@@ -140,7 +138,6 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_gallocr_reserve_n_size": "v ppppp",
     # devices, buffers, data
     "ggml_backend_free": "v p",
-    "ggml_backend_get_device": "p p",
     "ggml_backend_get_default_buffer_type": "p p",
     "ggml_backend_dev_by_type": "p i",
     "ggml_backend_dev_description": "s p",

@@ -149,7 +149,7 @@ class Context:
     # -- arithmetic ---------------------------------------------------------------------------------
 
     def unary(self, op: str, x: Tensor) -> Tensor:
-        """sqr, sqrt, exp, sigmoid or tanh of each element."""
+        """sqr or sigmoid of each element."""
         return Tensor(getattr(self.lib, f"ggml_{op}")(self.handle, x.handle), x.shape)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Context:
         return self._binary("div_inplace", x, y)
 
     def unary_into(self, op: str, x: Tensor) -> Tensor:
-        """As `unary`, at the place of `x`; the result is to be used in its stead."""
+        """exp, sqrt or sigmoid of each element, at the place of `x`; the result is to be used in its stead."""
         return self._in_place(self.unary(f"{op}_inplace", x).handle, x)
 
     def scale_into(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ WIDTH, LAYERS = 64, 4
 
 
 class Chain:
-    """A model of products: x -> tanh(W_i x), each W_i on the device of layer i, and a memory h_i += of each."""
+    """A model of products: x -> σ(W_i x), each W_i on the device of layer i, and a memory h_i += of each."""
 
     def __init__(self, device: Device | Split) -> None:
         rng = np.random.default_rng(0)
@@ -37,7 +37,7 @@ class Chain:
         x = given
         for i, (weight, memory) in enumerate(zip(self.weights, self.memory, strict=True)):
             g.begin(i, x)
-            x = g.unary("tanh", g.matmul(weight, x))
+            x = g.unary("sigmoid", g.matmul(weight, x))
             total = g.add(g.reshape(x, (WIDTH,)), memory)
             g.store(total, memory)
             x = g.add_into(g.mul(x, x), x)  # in place: must not move to the next layer's device
@@ -47,7 +47,7 @@ class Chain:
     def expected(self, x: NDArray[np.float32], h: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         value = x.astype(np.float64)
         for i, matrix in enumerate(self.matrices):
-            value = np.tanh(value @ matrix.T)
+            value = 1 / (1 + np.exp(-value @ matrix.T))
             h[i] = h[i] + value[0]
             value = value * value + value
         return value
