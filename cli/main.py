@@ -17,6 +17,7 @@ from griffin_gguf.cli import __version__
 from griffin_gguf.cli.commands import (
     bench,
     chat,
+    compare,
     convert,
     demo,
     devices,
@@ -124,6 +125,7 @@ for command in (
     chat,
     bench,
     report,
+    compare,
     export_ollama,
     demo,
     devices,

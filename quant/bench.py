@@ -144,7 +144,7 @@ class _Recorded:
     """
 
     def __init__(self, backend: PatchedBackend, tokens: Sequence[int]) -> None:
-        self.hp = backend.hp
+        self.vocab = backend.hp.vocab
         self._backend = backend
         state = backend.new_state()
         pieces = [np.array(tokens[start : start + CHUNK], np.int32) for start in range(0, len(tokens), CHUNK)]

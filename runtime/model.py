@@ -114,6 +114,11 @@ class Model:
         return self._backend.name
 
     @property
+    def vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.hp.vocab
+
+    @property
     def state_nbytes(self) -> int:
         """Bytes of a state."""
         return self._backend.state_nbytes

@@ -227,6 +227,7 @@ def config(shape: Shape) -> dict[str, object]:
         "intermediate_size": 2 * shape.mlp,
         "logits_soft_cap": shape.soft_cap,
         "lru_width": shape.lru,
+        "max_position_embeddings": ROW,
         "model_type": "recurrent_gemma",
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,

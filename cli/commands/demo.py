@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +14,10 @@ import typer
 from rich.markup import escape
 
 from griffin_gguf.cli.commands.convert import new_folder, run
-from griffin_gguf.cli.commands.report import HELD_OUT, measure_files, show
-from griffin_gguf.cli.console import out, size
+from griffin_gguf.cli.commands.report import HELD_OUT
+from griffin_gguf.cli.console import note, out, size
 from griffin_gguf.cli.options import add_command
+from griffin_gguf.cli.reporting import measure_report, show_report, write_report
 from griffin_gguf.cli.running import load_model
 from griffin_gguf.cli.text import read_text
 
@@ -61,8 +63,7 @@ def demo(
         out().print(_paragraph(generation.text), style="green", markup=False)
 
     _title("3", "Measure", "size, memory, speed; perplexity on unseen text, lower is better")
-    files = {path: path.name for path, _ in targets}
-    show(measure_files(files, read_text(HELD_OUT), text=HELD_OUT.name, tokens=_MEASURED_TOKENS, threads=_THREADS))
+    _measure({path: path.name for path, _ in targets}, folder / "report")
 
     _title("✓", "Done", f"{monotonic() - begun:.0f} seconds, files in {folder}. Next:")
     program = _program()
@@ -72,6 +73,21 @@ def demo(
         f"{program} convert YOUR-RECURRENTGEMMA -o model.gguf --type Q4_K_M",
     ):
         out().print(f"   {line}", markup=False, soft_wrap=True)
+
+
+def _measure(files: dict[Path, str], folder: Path) -> None:
+    """A quick report: the table, and the page where plots can be drawn."""
+    from griffin_gguf.quant.report.data import Settings
+
+    settings = Settings(ctx=512, tokens=_MEASURED_TOKENS, quick=True, backend="auto", threads=_THREADS)
+    with new_folder(folder):
+        found = measure_report(files, read_text(HELD_OUT), HELD_OUT.name, settings, folder=folder)
+        show_report(found)
+        if find_spec("matplotlib") is None:
+            note("for plots and a page of it all: pip install 'griffin-gguf[report]'")
+        else:
+            page, *_ = write_report(found, folder)
+            out().print(f"\n   with plots: {page}", markup=False, soft_wrap=True)
 
 
 def _program() -> str:

@@ -1,23 +1,20 @@
 """`griffin report`: what each quantization costs and is worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from griffin_gguf.cli.commands.convert import new_folder, plan_targets, run
-from griffin_gguf.cli.console import clean, note, out, table
+from griffin_gguf.cli.console import note, out
 from griffin_gguf.cli.options import TYPES_HELP, Backend, Json, Threads, add_command, parse_backend, parse_types
-from griffin_gguf.cli.progress import progress
-from griffin_gguf.cli.text import read_text, write_text
+from griffin_gguf.cli.reporting import measure_report, show_report, workplace, write_report
+from griffin_gguf.cli.text import read_text
 
 if TYPE_CHECKING:
-    from griffin_gguf.quant.report import Report
-    from griffin_gguf.runtime.model import BackendName
+    from griffin_gguf.quant.report.data import Report
 
 #: Text that the demo model has not seen: the default to measure on.
 HELD_OUT = Path(__file__).parents[1] / "demo_model" / "heldout.txt"
@@ -29,112 +26,132 @@ def register(app: typer.Typer) -> None:
         app,
         "report",
         report,
-        "griffin report model-BF16.gguf model-Q4_K_M.gguf",
+        "griffin report model-BF16.gguf model-Q4_K_M.gguf -f my-text.txt -o report",
         "griffin report ./recurrentgemma-2b --type BF16 --type Q4_K_M -f my-text.txt -o report",
+        "griffin report griffin-Q4_K_M.gguf gemma-Q4_K_M.gguf --quick",
     )
 
 
 def report(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="GGUF files, or checkpoint folders.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="GGUF files, of other architectures too where llama.cpp runs them, or checkpoint folders.",
+            show_default=False,
+        ),
     ],
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", "-f", metavar="FILE", help="Text to measure on; else chapters of a novel."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write report.html, report.md, report.json and the plots there. What has been measured is kept there "
+            "at once: the same command goes on where it stopped.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: 4,096 tokens, few runs, nothing about long texts.")
+    ] = False,
     types: Annotated[
         list[str],
         typer.Option("--type", metavar="TYPE", help=f"What to convert checkpoints to: {TYPES_HELP}. Repeatable."),
     ] = ["BF16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q2_K"],  # noqa: B006  typer copies it
-    text: Annotated[
-        Path | None,
-        typer.Option("--text", "-f", metavar="FILE", help="Text to measure on; else a chapter of a novel."),
-    ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", "-n", metavar="N", min=2, help="Measure on so many tokens of it at most.")
-    ] = 4096,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Also write report.json and report.md there.")
+        int | None,
+        typer.Option(
+            "--tokens",
+            "-n",
+            metavar="N",
+            min=16,
+            help="Read so many tokens of the text at most; else ten times what the model was trained on at once.",
+            show_default=False,
+        ),
+    ] = None,
+    ctx: Annotated[
+        int, typer.Option("--ctx", "-c", metavar="N", min=16, help="Tokens of a window, for llama.cpp's protocol.")
+    ] = 512,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="Compare the files of its model with this one; else with the one of most bits a weight.",
+        ),
     ] = None,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure files side by side: size, memory, speed, and perplexity with its standard error.
+    """Measure files side by side: size, memory, speed, perplexity, and the distance from the best of them.
 
-    Each file runs in a process of its own, so that its peak memory is its own. A checkpoint's folder is converted
-    first, in a temporary folder.
+    Perplexity is measured in two ways: by llama.cpp's protocol, in windows that each begin anew, and in one pass that
+    carries the state over the whole text. Each file is loaded and timed in a fresh process. A checkpoint is converted
+    first, into DIR/models; without -o in a temporary folder.
     """
-    words = read_text(text or HELD_OUT)
-    kinds = parse_types(types)
-    chosen = parse_backend(backend)
+    from griffin_gguf.quant.drawing import check_matplotlib
+    from griffin_gguf.quant.report.data import Settings
+
+    words, name = read_text(text or HELD_OUT), (text or HELD_OUT).name
+    kinds, settings = parse_types(types), Settings(ctx, tokens, quick, parse_backend(backend), threads)
     for source in sources:
         _check(source)
-    with new_folder(output) if output else nullcontext(), TemporaryDirectory(prefix="griffin-report-") as work:
+    if output:
+        check_matplotlib()
+    with new_folder(output) if output else nullcontext(), workplace(output if _folders(sources) else None) as models:
         files = {
-            file: name
+            file: label
             for i, source in enumerate(sources)
-            for file, name in _files(source, Path(work) / str(i), kinds, threads).items()
+            for file, label in _files(source, Path(models), i, kinds, threads).items()
         }
-        found = measure_files(
-            files, words, text=(text or HELD_OUT).name, tokens=tokens, backend=chosen, threads=threads
-        )
-        if output:
-            write_text(output / "report.json", found.to_json())
-            write_text(output / "report.md", found.to_markdown())
+        found = measure_report(files, words, name, settings, folder=output, reference=reference)
+        written = write_report(found, output) if output else []
+    _show(found, written, as_json=as_json)
+
+
+def _show(found: "Report", written: list[Path], *, as_json: bool) -> None:
     if as_json:
         out().file.write(found.to_json())
         return
-    show(found)
-    if output:
-        out().print(f"{output / 'report.json'}\n{output / 'report.md'}", markup=False, soft_wrap=True)
-
-
-def measure_files(
-    files: Mapping[Path, str],
-    words: str,
-    *,
-    text: str,
-    tokens: int,
-    backend: "BackendName" = "auto",
-    threads: int | None = None,
-) -> "Report":
-    """Measure file after file, each under the name that it shall have; `text` is the name of `words`."""
-    from griffin_gguf.quant.measure import measure
-    from griffin_gguf.quant.report import Report
-
-    found = Report(text, threads)
-    for file, name in files.items():
-        with progress(f"Measuring {clean(file.name)}", unit="tokens") as tell:
-            row = measure(file, words, tokens=tokens, backend=backend, threads=threads, progress=tell)
-        found.rows.append(replace(row, path=name))
-    return found
-
-
-def show(found: "Report") -> None:
-    """Print the table, and what its numbers are."""
-    headings = ["\n".join(heading.rsplit(" ", 1)) for heading in found.headings]  # narrow: units in a second line
-    named = len({row.type for row in found.rows}) < len(found.rows)  # else the type says which file it is
-    rows = table(*["file"] * named, *headings, right=tuple(headings[1:]))
-    for name, cells in zip(found.names, found.cells, strict=True):
-        rows.add_row(*[clean(name)] * named, *cells)
-    out().print(rows)
-    note(found.legend)
+    show_report(found)
+    for path in written:
+        out().print(str(path), markup=False, soft_wrap=True)
 
 
 def _check(source: Path) -> None:
     """Find out what cannot be measured before anything is."""
+    from griffin_gguf.quant.report.run import Source
     from griffin_gguf.runtime.errors import GriffinError
-    from griffin_gguf.runtime.gguf_file import GgufFile
 
     if not source.exists():
         raise GriffinError(f"{source}: there is no such file or folder")
     if source.is_file():
-        with GgufFile.open(source) as file:
-            file.hyperparameters()
+        Source.open(source, str(source))
 
 
-def _files(source: Path, work: Path, types: Sequence[str], threads: int | None) -> dict[Path, str]:
-    """The GGUF files to measure and their names: `source` itself, or what a checkpoint converts to."""
+def _folders(sources: Sequence[Path]) -> bool:
+    return any(source.is_dir() for source in sources)
+
+
+def _files(source: Path, models: Path, number: int, types: Sequence[str], threads: int | None) -> dict[Path, str]:
+    """The GGUF files to measure and their names: `source` itself, or what a checkpoint converts to.
+
+    A checkpoint that was converted before is not converted again, unless it has changed since.
+    """
     if not source.is_dir():
         return {source: str(source)}
+    work = models / str(number) if number else models
+    work.mkdir(exist_ok=True)
     targets = plan_targets(str(source), work, types)
-    work.mkdir()
-    run(source, targets, threads=threads)
+    changed = max((path.stat().st_mtime for path in source.iterdir()), default=0.0)
+    missing = [(path, kind) for path, kind in targets if not path.exists() or path.stat().st_mtime <= changed]
+    if missing:
+        run(source, missing, threads=threads)
+    else:
+        note(f"{work}: {len(targets)} files are there already")
     return {path: f"{source} as {kind}" for path, kind in targets}

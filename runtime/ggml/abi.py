@@ -22,7 +22,7 @@ from griffin_gguf.runtime.errors import BackendError
 GGML_VERSION = "0.25.3"
 
 # enum ggml_type: these ids also stand in GGUF files and never change.
-F32, F16, I32, I64 = 0, 1, 26, 27
+F32, F16, I32, I64, BF16 = 0, 1, 26, 27, 30
 
 # enum ggml_backend_dev_type
 DEVICE_CPU, DEVICE_GPU, DEVICE_IGPU = 0, 1, 2
@@ -87,6 +87,7 @@ _PROTOTYPES: dict[str, str] = {
     # contexts and tensors: ne0 is the fastest dimension
     "ggml_init": "p G",
     "ggml_free": "v p",
+    "ggml_used_mem": "z p",
     "ggml_tensor_overhead": "z",
     "ggml_graph_overhead_custom": "z zb",
     "ggml_new_tensor": "p piip",
@@ -122,6 +123,7 @@ _PROTOTYPES: dict[str, str] = {
     "ggml_concat": "p pppi",
     "ggml_cont": "p pp",
     "ggml_cpy": "p ppp",
+    "ggml_cast": "p ppi",
     "ggml_permute": "p ppiiii",
     "ggml_reshape_4d": "p ppllll",
     "ggml_view_4d": "p ppllllzzzz",

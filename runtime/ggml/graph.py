@@ -74,6 +74,11 @@ class Context:
         assert self._handle, "used after close()"
         return self._handle
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the headers made so far and of the graph; what is held for more of them has not been touched."""
+        return self.lib.ggml_used_mem(self.handle)
+
     def close(self) -> None:
         """Free every header; handles of this context are dead after it."""
         if self._handle:
@@ -183,6 +188,11 @@ class Context:
     def scale_into(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
         """x = factor · x + bias; the result is `x` at the same place, to be used in its stead."""
         return self._in_place(self.lib.ggml_scale_bias_inplace(self.handle, x.handle, factor, bias), x)
+
+    def round_into(self, x: Tensor, type: int) -> Tensor:
+        """x = `x` rounded to the precision of `type`; the result is `x` at the same place, to be used in its stead."""
+        short = self.lib.ggml_cast(self.handle, x.handle, type)
+        return self._in_place(self.lib.ggml_cpy(self.handle, short, x.handle), x)
 
     def _in_place(self, handle: int, x: Tensor) -> Tensor:
         """Note that an operation in place on `x` has returned `handle`."""

@@ -1,10 +1,8 @@
 from collections.abc import Sequence
-from dataclasses import replace
 from math import exp, log, sqrt
 from types import SimpleNamespace
 from typing import Any
 
-import griffins
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +20,7 @@ class Remembering:
     """A model whose logits depend on all tokens so far, so that a lost or repeated token shows."""
 
     def __init__(self, seed: int = 0, sharpness: float = 1.0, vocab: int = VOCAB) -> None:
-        self.hp = replace(griffins.TWO_B, vocab=vocab)
+        self.vocab = vocab
         self.table = np.random.default_rng(seed).normal(0, 3, (31, vocab))
         self.sharpness = sharpness
         self.calls: list[int] = []

@@ -1,0 +1,169 @@
+"""The measurements themselves. Each function is called in a process of its own (`quant.process`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from griffin_gguf.quant.evaluate import Comparison, Divergence, Scores, compare, score, stream, windows
+from griffin_gguf.quant.memory import Watch
+from griffin_gguf.quant.process import Progress
+from griffin_gguf.quant.report.data import At, Cost, Distance, Quality, Spread, bins
+from griffin_gguf.quant.runner import GriffinRunner, Runner, open_runner
+from griffin_gguf.runtime import Model
+from griffin_gguf.runtime.backends.rounded import Precision, RoundedBackend
+from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.machine import compute_threads
+from griffin_gguf.runtime.model import BackendName
+from griffin_gguf.runtime.tokenizer import Tokenizer
+from griffin_gguf.runtime.tuning import Tuning
+
+#: How a text is read.
+Way = Literal["windows", "stream"]
+
+PROMPT = 512  # tokens that the speed of reading is measured on
+DECODED = 32  # tokens of an answer: one run
+LOADS = 3
+_FIRST_BIN = 64  # tokens; each bin of a text is half again as long as the one before, or nearly
+
+
+def measure_cost(
+    key: str,
+    path: str,
+    text: str,
+    context: int,
+    positions: Sequence[int],
+    runs: int,
+    backend: BackendName,
+    threads: int | None,
+    progress: Progress,
+) -> Cost:
+    """Load, memory, speeds: `runs` times a prompt and an answer, then answers at the rising `positions` of the text.
+
+    The text begins again where it ends. A run that only warms up comes before those that count. A model whose memory
+    grows with the text has room up to the last position, or to `context`, what it was trained on, if that is less.
+    """
+    room = min(max([PROMPT, *positions]), context) + 2 * DECODED
+    with Watch() as watch:
+        begun = perf_counter()
+        runner = open_runner(Path(path), backend=backend, threads=threads, context=room)
+        loads = [perf_counter() - begun]
+        with runner:
+            tokens: list[int] = np.resize(runner.encode(text), max([PROMPT, *positions]) + DECODED).tolist()
+            prefill = [_prefill(runner, tokens[:PROMPT]) for _ in range(runs + 1)][1:]
+            state = runner.new_state()
+            decode = _decode(runner, state, tokens, runs)
+            memory, state_nbytes, runs_on = watch.memory, runner.state_nbytes, runner.name
+            by_position = [At(0, decode)]
+            for position in positions:
+                if runner.state_nbytes is None and position > context:
+                    break
+                runner.forward(tokens[state.position : position], state)
+                by_position.append(At(position, _decode(runner, state, tokens, runs)))
+                progress(position, positions[-1])
+    for _ in range(LOADS - 1):
+        begun = perf_counter()
+        with open_runner(Path(path), backend=backend, threads=threads, context=room):
+            loads.append(perf_counter() - begun)
+    return Cost(key, runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill), decode, by_position)
+
+
+def _prefill(runner: Runner, tokens: Sequence[int]) -> float:
+    """Read a prompt: tokens a second."""
+    state = runner.new_state()
+    begun = perf_counter()
+    runner.forward(tokens, state)
+    return len(tokens) / (perf_counter() - begun)
+
+
+def _decode(runner: Runner, state: Any, tokens: Sequence[int], runs: int) -> Spread:
+    """Tokens a second from where `state` stands, which stays there; answers are what follows in the text."""
+    rates: list[float] = []
+    for _ in range(runs + 1):
+        copy = state.copy()
+        begun = perf_counter()
+        for token in tokens[copy.position : copy.position + DECODED]:
+            runner.forward([token], copy)
+        rates.append(DECODED / (perf_counter() - begun))
+        del copy  # before the next one: some models have room for few
+    return Spread.of(rates[1:])
+
+
+def measure_quality(
+    key: str,
+    path: str,
+    reference: str | None,
+    precision: Precision | None,
+    text: str,
+    context: int,
+    way: Way,
+    ctx: int,
+    backend: BackendName,
+    threads: int | None,
+    progress: Progress,
+) -> Quality:
+    """Losses over the text, read in one of the two ways; with a `reference` beside it.
+
+    With a `precision` the model's recurrence is of that. A model whose memory grows with the text reads, in one pass,
+    only as far as it was trained to, `context` tokens. Raises `UnsupportedError` for a reference that cuts the text
+    into other tokens.
+    """
+    room = ctx if way == "windows" else context
+    with _open(path, precision, backend, threads, room) as runner:
+        ids = runner.encode(text)
+        if way == "stream" and runner.state_nbytes is None:
+            ids = ids[:context]
+        readings = windows(ids, ctx, runner.bos) if way == "windows" else stream(ids)
+        if reference is None:
+            scores, found = score(runner, readings, progress), None
+        else:
+            with open_runner(Path(reference), backend=backend, threads=threads, context=room) as other:
+                if other.encode(text)[: len(ids)] != ids:
+                    problem = f"the text becomes other tokens than with {reference}: they cannot be compared"
+                    raise UnsupportedError(f"{path}: tokenizer: {problem}")
+                found = compare(other, runner, readings, progress)
+            scores = found.scores
+        nbytes = sum(len(runner.piece(ids[i])) for i in scores.at)
+    return _summary(key, scores, found, nbytes, ctx, way, len(ids))
+
+
+def _summary(
+    key: str, scores: Scores, found: Comparison | None, nbytes: int, ctx: int, way: Way, count: int
+) -> Quality:
+    distance = Distance.of(Divergence.of(found)) if found else None
+    by_position = bins(scores.at, scores.nll, found.kl if found else None, edges(count)) if way == "stream" else []
+    halves = halves_of(found, count, ctx) if found else None
+    return Quality.of(key, scores, nbytes, distance, by_position, halves)
+
+
+def edges(count: int) -> list[int]:
+    """Bounds of bins over a text of so many tokens: the first token, 64, and times 1.41 until the end."""
+    found, bound = [1], float(_FIRST_BIN)
+    while bound < count:
+        found.append(round(bound))
+        bound *= 2**0.5
+    return [*found, count]
+
+
+def halves_of(found: Comparison, count: int, ctx: int) -> list[float]:
+    """Mean KL over what is scored of each whole window of the text, however it was read."""
+    readings = windows(range(count), ctx, None)
+    bounds = [(r.start + r.first + 1, r.start + len(r.tokens)) for r in readings]
+    cuts = np.searchsorted(found.at, bounds)
+    return [float(found.kl[first:last].mean()) for first, last in cuts]
+
+
+def _open(path: str, precision: Precision | None, backend: BackendName, threads: int | None, room: int) -> Runner:
+    if precision is None:
+        return open_runner(Path(path), backend=backend, threads=threads, context=room)
+    file = GgufFile.open(path)
+    try:
+        tokenizer = Tokenizer.from_gguf(file.path, file.metadata)
+        model = Model(file, tokenizer, RoundedBackend(file, precision, Tuning(threads)))
+        return GriffinRunner(model, threads or compute_threads())
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,129 @@
+"""The table of a report: one list of columns for the terminal, Markdown and the page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from griffin_gguf.quant.report.advice import gib
+from griffin_gguf.quant.report.data import Distance, Quality, Report, Row, Spread
+
+#: What stands where nothing was measured, or nothing can be.
+NONE = "—"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, what it means, and what stands in a row's cell."""
+
+    heading: str
+    meaning: str
+    cell: Callable[[Row], str]
+    brief: bool = True  # also where there is little room
+
+
+def _speed(spread: Spread) -> str:
+    return f"{_digits(spread.median)} ± {_digits((spread.high - spread.low) / 2)}"
+
+
+def _digits(value: float) -> str:
+    """Three digits, all of them where there are more before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _perplexity(quality: Quality) -> str:
+    return f"{quality.perplexity:.3f} ± {quality.stderr:.3f}"
+
+
+def _more(row: Row) -> str:
+    """Perplexity beyond the reference's, in percent, with the standard error of the paired difference."""
+    if row.reference:
+        return "reference"
+    if not row.windows or not row.windows.distance:
+        return NONE
+    far = row.windows.distance
+    return f"{100 * far.log_ratio:+.2f} ± {100 * far.log_ratio_stderr:.2f}"
+
+
+def _mean(far: Distance | None) -> str:
+    assert far
+    return f"{far.mean:.3g} ± {far.stderr:.1g}"
+
+
+def _far(cell: Callable[[Quality], str]) -> Callable[[Row], str]:
+    return lambda row: cell(row.windows) if row.windows and row.windows.distance else NONE
+
+
+def _distance(name: str, format: str) -> Callable[[Row], str]:
+    return _far(lambda q: f"{getattr(q.distance, name):{format}}")
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("type", "the file type", lambda r: r.type),
+    Column("bits/weight", "bits of tensor data a weight", lambda r: f"{r.bits_per_weight:.2f}"),
+    Column("file", "size of the file", lambda r: gib(r.file_size)),
+    Column(
+        "RAM needed",
+        "most memory of its own plus most mapped pages, the weights among them, while it reads and writes",
+        lambda r: gib(r.cost.memory.needed) if r.cost else NONE,
+    ),
+    Column("load s", "median time until it is ready", lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE, False),
+    Column(
+        "read tok/s",
+        "prompt tokens a second, median ± half the distance of the quartiles",
+        lambda r: _speed(r.cost.prefill) if r.cost else NONE,
+    ),
+    Column("write tok/s", "answer tokens a second, likewise", lambda r: _speed(r.cost.decode) if r.cost else NONE),
+    Column(
+        "perplexity",
+        "by llama.cpp's protocol ± standard error: windows, BOS first, the later half scored",
+        lambda r: _perplexity(r.windows) if r.windows else NONE,
+    ),
+    Column("Δ %", "ln of perplexity over the reference's, in hundredths ± paired standard error", _more),
+    Column("KL", "mean KL divergence from the reference, nats a token", _distance("mean", ".2g")),
+    Column("same top-1", "how often both find the same token likeliest", _distance("top1", ".1%")),
+    Column(
+        "one pass",
+        "perplexity over the text in one pass, the state carried all the way ± standard error",
+        lambda r: _perplexity(r.stream) if r.stream else NONE,
+        False,
+    ),
+    Column(
+        "bits/byte",
+        "of text, in windows: comparable between vocabularies",
+        lambda r: f"{r.windows.bits_per_byte:.4f}" if r.windows else NONE,
+        False,
+    ),
+)
+
+#: Further columns of what tells a file from its reference, for the page and Markdown.
+DIVERGENCE: tuple[Column, ...] = (
+    Column("mean", "mean KL ± standard error", _far(lambda q: _mean(q.distance))),
+    Column("median", "median KL", _distance("median", ".3g")),
+    Column("99 %", "99 % of tokens diverge less", _distance("p99", ".3g")),
+    Column("largest", "largest KL of one token", _distance("maximum", ".3g")),
+    Column("same top-1", "how often both find the same token likeliest", _distance("top1", ".2%")),
+    Column("RMS Δp", "root mean square change of the right token's probability", _distance("rms_change", ".3%")),
+)  # fmt: skip
+
+
+def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """The table without its headings."""
+    return [[column.cell(row) for column in columns] for row in rows]
+
+
+def legend(report: Report) -> str:
+    """What the numbers are, in a line."""
+    scored = max((row.windows.tokens for row in report.files if row.windows), default=0)
+    threads = {None: "all cores", 1: "1 thread"}.get(report.settings.threads, f"{report.settings.threads} threads")
+    runs_on = ", ".join(sorted({row.cost.runs_on for row in report.files if row.cost}))
+    return (
+        f"Perplexity over {scored:,} tokens of {report.text.name} in windows of {report.settings.ctx}, the later half "
+        f"of each scored, ± standard error; one pass: all {report.text.tokens:,} tokens with carried state; speeds: "
+        f"median ± half the quartiles' distance ({runs_on}, {threads})."
+    )
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are text and the others numbers."""
+    marks = ["---"] * left + ["---:"] * (len(headings) - left)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *escaped))
