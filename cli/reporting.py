@@ -70,14 +70,13 @@ def write_report(report: "Report", folder: Path) -> list[Path]:
 def show_report(report: "Report") -> None:
     """The table, what its numbers are, and the advice."""
     from griffin_gguf.quant.report.advice import sentence
-    from griffin_gguf.quant.report.table import COLUMNS, cells, legend
+    from griffin_gguf.quant.report.table import brief_columns, cells, legend
 
-    columns = [column for column in COLUMNS if column.brief]
-    rows = report.files
-    headings = ["\n".join(column.heading.replace("/", " /").rsplit(" ", 1)) for column in columns]
+    rows, chosen = report.files, brief_columns(report)
+    headings = ["\n".join(column.heading.replace("/", " /").rsplit(" ", 1)) for column in chosen]
     named = len({row.type for row in rows}) < len(rows)  # else the type says which file it is
     lines = table(*["file"] * named, *headings, right=tuple(headings[1:]))
-    for row, line in zip(rows, cells(rows, columns), strict=True):
+    for row, line in zip(rows, cells(rows, chosen), strict=True):
         lines.add_row(*[clean(row.name)] * named, *map(clean, line))
     out().print(lines)
     note(legend(report))

@@ -6,6 +6,7 @@ from an empty state, the later half of each scored: llama.cpp's protocol, and so
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import exp, log, sqrt
 from time import perf_counter
@@ -15,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.machine import usable_cores
 
 #: (done, total) tokens read.
 Progress = Callable[[int, int], None]
 
+_Logits = NDArray[np.float32]
+_Ids = NDArray[np.int64]
+
 _LOGITS_BYTES = 64 << 20  # float32 logits of one chunk
 _MOST_TOKENS = 512
-_ROWS_BYTES = 8 << 20  # float64 rows normalised at a time
+_ROWS_BYTES = 8 << 20  # float64 rows that a thread normalises at a time
 
 
 class Predictor(Protocol):
@@ -185,10 +190,13 @@ def score(model: Predictor, readings: Sequence[Reading], progress: Progress | No
     """
     begun = perf_counter()
     at, (nll,) = _arrays(readings, 1)
-    for rows, targets, (logits,) in _run([model], readings, progress):
-        for block in _blocks(logits):
-            likelihoods = _log_softmax(logits[block])
-            nll[rows][block] = -likelihoods[np.arange(len(likelihoods)), targets[block]]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for rows, targets, (logits,) in _run([model], readings, progress):
+
+            def work(block: slice, rows: slice = rows, targets: _Ids = targets, logits: _Logits = logits) -> None:
+                nll[rows][block] = _Predictions(logits[block]).losses(targets[block])
+
+            list(pool.map(work, _blocks(logits)))
     return Scores(at, nll, perf_counter() - begun)
 
 
@@ -204,14 +212,20 @@ def compare(
     begun = perf_counter()
     at, (base, nll, kl, change) = _arrays(readings, 4)
     same = np.empty(len(at), np.bool_)
-    for rows, targets, (wanted, got) in _run([reference, model], readings, progress):
-        same[rows] = wanted.argmax(axis=1) == got.argmax(axis=1)
-        for block in _blocks(wanted):
-            p, q = _log_softmax(wanted[block]), _log_softmax(got[block])
-            own = np.arange(len(p)), targets[block]
-            base[rows][block], nll[rows][block] = -p[own], -q[own]
-            change[rows][block] = np.exp(q[own]) - np.exp(p[own])
-            kl[rows][block] = (np.exp(p) * (p - q)).sum(axis=1)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for rows, targets, (wanted, got) in _run([reference, model], readings, progress):
+
+            def work(
+                block: slice, rows: slice = rows, targets: _Ids = targets, wanted: _Logits = wanted, got: _Logits = got
+            ) -> None:
+                same[rows][block] = wanted[block].argmax(axis=1) == got[block].argmax(axis=1)
+                p, q = _Predictions(wanted[block]), _Predictions(got[block])
+                before, after = p.losses(targets[block]), q.losses(targets[block])
+                base[rows][block], nll[rows][block] = before, after
+                change[rows][block] = np.exp(-after) - np.exp(-before)
+                kl[rows][block] = p.divergence(q)
+
+            list(pool.map(work, _blocks(wanted)))
     return Comparison(at, base, nll, kl, same, change, perf_counter() - begun)
 
 
@@ -239,32 +253,43 @@ def _arrays(readings: Sequence[Reading], count: int) -> tuple[NDArray[np.int64],
     return np.concatenate(at), [np.empty(scored) for _ in range(count)]
 
 
-def _run(
-    models: Sequence[Predictor], readings: Sequence[Reading], progress: Progress | None
-) -> Iterator[tuple[slice, NDArray[np.int64], list[NDArray[np.float32]]]]:
-    """Yield (where in all that is scored, the tokens that did follow, logits [T, V] of each model), piece by piece."""
-    step = max(1, min(_MOST_TOKENS, _LOGITS_BYTES // (4 * models[0].vocab)))
+#: Some predictions: where in all that is scored, the tokens that did follow [T], logits [T, V] of each model.
+_Piece = tuple[slice, _Ids, list[_Logits]]
+
+
+def _run(models: Sequence[Predictor], readings: Sequence[Reading], progress: Progress | None) -> Iterator[_Piece]:
+    """All that is scored, piece by piece. A reading's states are gone before the next one's begin."""
     total = sum(len(reading.tokens) - 1 for reading in readings)
     read = scored = 0
     for reading in readings:
-        states = [model.new_state() for model in models]
-        if reading.first:  # without logits: of a large vocabulary they are a third of the work
-            for model, state in zip(models, states, strict=True):
-                model.forward(reading.tokens[: reading.first], state)
-        last = len(reading.tokens) - 1
-        for start in range(reading.first, last, step):
-            stop = min(start + step, last)
-            pairs = zip(models, states, strict=True)
-            logits = [model.forward(reading.tokens[start:stop], state, every=True) for model, state in pairs]
-            if not all(np.isfinite(rows).all() for rows in logits):
-                where = f"{reading.start + start} to {reading.start + stop}"
-                raise GriffinError(f"tokens {where}: the model's logits hold NaN or infinity")
+        for start, stop, logits in _predictions(models, reading):
             targets = np.asarray(reading.tokens[start + 1 : stop + 1], np.int64)
             yield slice(scored, scored + stop - start), targets, logits
             scored += stop - start
             if progress:
                 progress(read + stop, total)
-        read += last
+        read += len(reading.tokens) - 1
+
+
+def _predictions(models: Sequence[Predictor], reading: Reading) -> Iterator[tuple[int, int, list[_Logits]]]:
+    """Logits [T, V] of each model after tokens [start, stop) of a reading, from its first scored one on."""
+    step = max(1, min(_MOST_TOKENS, _LOGITS_BYTES // (4 * models[0].vocab)))
+    states = [model.new_state() for model in models]
+
+    def forward(start: int, stop: int, every: bool) -> list[_Logits]:
+        pairs = zip(models, states, strict=True)
+        return [model.forward(reading.tokens[start:stop], state, every) for model, state in pairs]
+
+    if reading.first:  # without logits: of a large vocabulary they are a third of the work
+        forward(0, reading.first, False)
+    last = len(reading.tokens) - 1
+    for start in range(reading.first, last, step):
+        stop = min(start + step, last)
+        logits = forward(start, stop, True)
+        if not all(np.isfinite(rows).all() for rows in logits):
+            where = f"{reading.start + start} to {reading.start + stop}"
+            raise GriffinError(f"tokens {where}: the model's logits hold NaN or infinity")
+        yield start, stop, logits
 
 
 def _blocks(logits: NDArray[np.float32]) -> Iterator[slice]:
@@ -275,8 +300,20 @@ def _blocks(logits: NDArray[np.float32]) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Normalise in float64: at perplexities near 1, float32 would round the very thing that is measured."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+class _Predictions:
+    """Logits [T, V] normalised, in float64: at perplexities near 1, float32 would round the very thing measured."""
+
+    def __init__(self, logits: _Logits) -> None:
+        self.shifted = logits.astype(np.float64)
+        self.shifted -= self.shifted.max(axis=1, keepdims=True)
+        self.weights = np.exp(self.shifted)
+        self.total = self.weights.sum(axis=1)
+
+    def losses(self, targets: _Ids) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target, nats [T]."""
+        return np.log(self.total) - self.shifted[np.arange(len(targets)), targets]
+
+    def divergence(self, other: "_Predictions") -> NDArray[np.float64]:
+        """KL(this ‖ other) [T]: Σ p (log p − log q), with log p = shifted − log total."""
+        difference = np.einsum("tv,tv->t", self.weights, self.shifted - other.shifted) / self.total
+        return difference - np.log(self.total) + np.log(other.total)

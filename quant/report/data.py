@@ -142,7 +142,8 @@ class Quality:
 class Row:
     """A file, or the reference with a recurrence of another `precision`, and what was measured of it.
 
-    Rows of one `family` are one model in several types; its reference is `reference`. What is None was not measured.
+    Rows of one `family` are one model in several types; its reference is `reference`, also where it is the only one.
+    What is None was not measured.
     """
 
     name: str
@@ -153,7 +154,7 @@ class Row:
     reference: bool
     precision: str | None
     parameters: int
-    vocab: int
+    vocabulary: str  # a digest: what has the same cuts texts into the same tokens
     context: int  # tokens that it was trained on at once
     weights: int
     file_size: int
@@ -229,6 +230,11 @@ class Report:
         """Rows of other precisions of the recurrence."""
         return [row for row in self.rows if row.precision is not None]
 
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether losses a token can be compared: else those per byte can."""
+        return len({row.vocabulary for row in self.rows}) == 1
+
     def reference_of(self, row: Row) -> Row:
         """The reference of its family."""
         return next(other for other in self.rows if other.family == row.family and other.reference)
@@ -248,10 +254,15 @@ class Report:
             problem = f"expected {FORMAT} {VERSION}, found {head.format} {head.version}"
             raise FileFormatError(path, "format", problem)
         try:
-            return msgspec.json.decode(raw, type=cls)
+            report = msgspec.json.decode(raw, type=cls)
         except msgspec.MsgspecError as error:
             problem, _, field = str(error).partition(" - at ")
             raise FileFormatError(path, field.strip("`") or "JSON", problem) from None
+        families = sorted(row.family for row in report.rows)
+        references = sorted(row.family for row in report.rows if row.reference)
+        if references != sorted(set(families)):
+            raise FileFormatError(path, "rows", f"expected one reference in each family, found {references}")
+        return report
 
 
 @dataclass(frozen=True)

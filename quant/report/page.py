@@ -21,7 +21,7 @@ from griffin_gguf.quant.report.advice import (
     sentence,
 )
 from griffin_gguf.quant.report.data import Report, Row
-from griffin_gguf.quant.report.table import COLUMNS, DIVERGENCE, cells, legend, markdown
+from griffin_gguf.quant.report.table import COLUMNS, DIVERGENCE, cells, labels, legend, markdown, told_by_type
 
 #: What a plot shows, under it.
 CAPTIONS: Mapping[str, str] = {
@@ -51,21 +51,24 @@ def to_html(report: Report, plots: Mapping[str, str], memory: int) -> str:
     """The page; `plots` are inline SVGs by name, `memory` that of the machine at hand, in bytes."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = files("griffin_gguf.quant.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    columns = COLUMNS[1:] if told_by_type(report.rows) else COLUMNS  # the type stands at the head of a line then
     return environment.from_string(source).render(
         report=report,
         title=_title(report),
         made=datetime.fromisoformat(report.made).strftime("%d %B %Y, %H:%M UTC"),
         sentence=sentence(report, memory),
-        columns=COLUMNS,
-        lines=list(zip(report.files, cells(report.files, COLUMNS), strict=True)),
+        label=labels(report.rows),
+        columns=columns,
+        lines=list(zip(report.files, cells(report.files, columns), strict=True)),
         worth={row.name for row in pareto(report.files)},
         divergence=DIVERGENCE,
-        far=[(row, line) for row, line in _diverging(report)],
+        far=_diverging(report),
         choices=[_chosen(choice, report) for choice in choices(report.files)],
+        id=id,
         share=f"{SHARE:.0%}",
         tolerance=f"{TOLERANCE:.0%}",
         plots=[(name, _TITLES[name], Markup(_themed(svg)), CAPTIONS[name]) for name, svg in plots.items()],
-        drift=_drift_lines(report),
+        drift=_drift_lines(report, labels(report.rows)),
         legend=legend(report),
         memory=gib(report.machine.memory),
         text_size=gib(report.text.nbytes),
@@ -87,7 +90,7 @@ def to_markdown(report: Report, memory: int) -> str:
     if far := _diverging(report):
         headings = ["", *(column.heading for column in DIVERGENCE)]
         parts += ["## Divergence from the reference\n", markdown(headings, [[r.name, *line] for r, line in far], 1)]
-    if found := _drift_lines(report):
+    if found := _drift_lines(report, {id(row): row.name for row in report.rows}):
         parts += ["## Divergence with carried state over that of fresh windows\n", markdown(found[0], found[1:], 1)]
     machine = report.machine
     parts.append(
@@ -107,14 +110,14 @@ def _diverging(report: Report) -> list[tuple[Row, list[str]]]:
     return list(zip(rows, cells(rows, DIVERGENCE), strict=True))
 
 
-def _drift_lines(report: Report) -> list[list[str]]:
+def _drift_lines(report: Report, label: Mapping[int, str]) -> list[list[str]]:
     """The ratios of `advice.drift`, a line a row under a line of headings; empty where there are none."""
     found = [(row, drift(row, report.settings.ctx)) for row in report.rows]
     found = [(row, parts) for row, parts in found if parts]
     if not found:
         return []
     starts = max((parts for _, parts in found), key=len)
-    lines = [[row.name, *(f"{p.ratio:.3f} ± {p.stderr:.3f}" for p in parts)] for row, parts in found]
+    lines = [[label[id(row)], *(f"{p.ratio:.3f} ± {p.stderr:.3f}" for p in parts)] for row, parts in found]
     return [["", *(f"from token {part.start:,}" for part in starts)], *lines]
 
 

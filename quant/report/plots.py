@@ -15,7 +15,6 @@ from griffin_gguf.quant.drawing import (
     DARK,
     LIGHT,
     byte_axis,
-    clipped,
     frame,
     label_ends,
     new_figure,
@@ -25,13 +24,15 @@ from griffin_gguf.quant.drawing import (
 )
 from griffin_gguf.quant.report.advice import drift, pareto
 from griffin_gguf.quant.report.data import Bin, Report, Row
+from griffin_gguf.quant.report.table import labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDTH = 7.2  # inches: narrow, so that a phone shows letters of some size
-_NAMED = 24  # characters of a name beside a point or a line
+_LINEAR = 3  # ratios beyond it have a logarithmic axis
+_APART = 0.01  # of a loss: a line that ends further from its reference's has a name of its own
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
@@ -58,21 +59,9 @@ def _inline(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def labels(rows: Sequence[Row]) -> dict[int, str]:
-    """What a row is called in plots, by its `id`: its type where that tells it apart, else its name."""
-    names = [row.precision or row.type for row in rows]
-    plain = len({*names}) == len(names)
-    return {id(row): clipped(name if plain else row.name, _NAMED) for row, name in zip(rows, names, strict=True)}
-
-
 def colors(report: Report) -> dict[int, str]:
     """A colour for each row, by its `id`; beyond so many they come again."""
     return {id(row): COLORS[i % len(COLORS)] for i, row in enumerate(report.rows)}
-
-
-def one_vocabulary(rows: Sequence[Row]) -> bool:
-    """Whether perplexities a token can be compared."""
-    return len({(row.vocab, row.family if row.vocab == 0 else 0) for row in rows}) == 1
 
 
 # -- size against perplexity ----------------------------------------------------------------------------
@@ -82,7 +71,7 @@ def draw_size(figure: Figure, report: Report) -> None:
     """File size against perplexity, bits per byte where vocabularies differ, and the line of those worth their size."""
     rows = [row for row in report.files if row.windows]
     named, shade = labels(rows), colors(report)
-    plain = one_vocabulary(rows)
+    plain = report.one_vocabulary
     axes: Axes = figure.subplots()
     frame(axes, "File size against perplexity" if plain else "File size against bits per byte of text")
     front = pareto(rows)
@@ -237,7 +226,7 @@ def _middles(found: Sequence[Bin]) -> list[float]:
 
 def _draw_loss(axes: Axes, rows: Sequence[Row], report: Report) -> None:
     named, shade = labels(rows), colors(report)
-    plain = one_vocabulary(rows)
+    plain = report.one_vocabulary
     frame(axes, "Loss, nats a token" if plain else "Loss, bits per byte")
     ends: list[tuple[float, str, str]] = []
     for row in rows:
@@ -246,7 +235,8 @@ def _draw_loss(axes: Axes, rows: Sequence[Row], report: Report) -> None:
         values = [scale * b.nll for b in row.stream.bins]
         dashes = "solid" if row.precision is None else (0, (2, 1.5))
         axes.plot(_middles(row.stream.bins), values, color=shade[id(row)], linewidth=1.6, linestyle=dashes)
-        if row.reference:  # the others lie on it, or nearly
+        base = report.reference_of(row).stream
+        if row.reference or (base and abs(values[-1] - scale * base.bins[-1].nll) > _APART * values[-1]):
             ends.append((values[-1], named[id(row)], shade[id(row)]))
     label_ends(axes, axes.get_xlim()[1], ends)
 
@@ -286,8 +276,10 @@ def _draw_drift(axes: Axes, rows: Sequence[Row], report: Report) -> None:
         y, errors = [part.ratio for part in found], [part.stderr for part in found]
         axes.errorbar(x, y, yerr=errors, color=shade[id(row)], marker="o", markersize=4, capsize=2, linewidth=1.2)
         ends.append((y[-1], named[id(row)], shade[id(row)]))
-    if ends:
-        label_ends(axes, axes.get_xlim()[1], ends)
+    if ends and max(ends)[0] > _LINEAR:
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+    label_ends(axes, axes.get_xlim()[1], ends)
 
 
 #: Name -> (height in inches, whether the report has what it shows, the drawing).

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import psutil
 
 from griffin_gguf.quant.collect import fingerprint
-from griffin_gguf.quant.measure import type_name
+from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.quant.process import in_fresh_process
 from griffin_gguf.quant.report.data import VERSION, Cost, Machine, Quality, Report, Row, Settings, Text, short_names
 from griffin_gguf.quant.report.measures import PROMPT, Way, measure_cost, measure_quality
@@ -49,7 +49,6 @@ class Source:
     name: str
     row: Row  # without family and measurements
     shapes: str  # digest: files of one model in several types have the same
-    vocabulary: str  # digest of the tokenizer
     fingerprint: str
 
     @classmethod
@@ -72,12 +71,12 @@ class Source:
                 reference=False,
                 precision=None,
                 parameters=sum(prod(info.shape) for info in file.tensors.values()),
-                vocab=len(tokens) if isinstance(tokens, list) else 0,
+                vocabulary=_digest(tokens),
                 context=_context(file),
                 weights=sum(info.nbytes for info in file.tensors.values()),
                 file_size=file.size,
             )
-            return cls(path, name, row, _digest(architecture, shapes), _digest(tokens), fingerprint(file))
+            return cls(path, name, row, _digest(architecture, shapes), fingerprint(file))
 
 
 def _context(file: GgufFile) -> int:
@@ -104,7 +103,7 @@ def families(sources: Sequence[Source], reference: Path | None = None) -> list[R
         best = max(group, key=lambda s: s.row.bits_per_weight)
         chosen[shapes] = next((s for s in group if reference and s.path.samefile(reference)), best)
         for source in group:
-            if source.vocabulary != chosen[shapes].vocabulary:
+            if source.row.vocabulary != chosen[shapes].row.vocabulary:
                 problem = f"is another than in {chosen[shapes].path}: files of one model must have one tokenizer"
                 raise UnsupportedError(f"{source.path}: tokenizer.ggml.tokens: {problem}")
     numbers = {shapes: i for i, shapes in enumerate(groups)}

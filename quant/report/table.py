@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from griffin_gguf.quant.drawing import clipped
 from griffin_gguf.quant.report.advice import gib
 from griffin_gguf.quant.report.data import Distance, Quality, Report, Row, Spread
 
 #: What stands where nothing was measured, or nothing can be.
 NONE = "—"
+
+_NAMED = 24  # characters of a label
+_PER_BYTE = "bits/byte"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,6 @@ def _perplexity(quality: Quality) -> str:
 
 def _more(row: Row) -> str:
     """Perplexity beyond the reference's, in percent, with the standard error of the paired difference."""
-    if row.reference:
-        return "reference"
     if not row.windows or not row.windows.distance:
         return NONE
     far = row.windows.distance
@@ -87,12 +89,18 @@ COLUMNS: tuple[Column, ...] = (
         False,
     ),
     Column(
-        "bits/byte",
+        _PER_BYTE,
         "of text, in windows: comparable between vocabularies",
         lambda r: f"{r.windows.bits_per_byte:.4f}" if r.windows else NONE,
         False,
     ),
 )
+
+
+def brief_columns(report: Report) -> list[Column]:
+    """Those for where there is little room: with bits per byte only of several vocabularies."""
+    return [c for c in COLUMNS if c.brief or (c.heading == _PER_BYTE and not report.one_vocabulary)]
+
 
 #: Further columns of what tells a file from its reference, for the page and Markdown.
 DIVERGENCE: tuple[Column, ...] = (
@@ -105,6 +113,17 @@ DIVERGENCE: tuple[Column, ...] = (
 )  # fmt: skip
 
 
+def told_by_type(rows: Sequence[Row]) -> bool:
+    """Whether types alone tell the rows apart."""
+    return len({row.precision or row.type for row in rows}) == len(rows)
+
+
+def labels(rows: Sequence[Row]) -> dict[int, str]:
+    """What a row is called where there is little room, by its `id`: its type where that says which, else its name."""
+    plain = told_by_type(rows)
+    return {id(row): clipped((row.precision or row.type) if plain else row.name, _NAMED) for row in rows}
+
+
 def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     """The table without its headings."""
     return [[column.cell(row) for column in columns] for row in rows]
@@ -112,13 +131,14 @@ def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
 
 def legend(report: Report) -> str:
     """What the numbers are, in a line."""
-    scored = max((row.windows.tokens for row in report.files if row.windows), default=0)
+    scored = next((row.windows.tokens for row in report.files if row.windows), 0)
+    others = "" if report.one_vocabulary else "; of other vocabularies by their own tokens: compare bits per byte"
     threads = {None: "all cores", 1: "1 thread"}.get(report.settings.threads, f"{report.settings.threads} threads")
     runs_on = ", ".join(sorted({row.cost.runs_on for row in report.files if row.cost}))
     return (
         f"Perplexity over {scored:,} tokens of {report.text.name} in windows of {report.settings.ctx}, the later half "
-        f"of each scored, ± standard error; one pass: all {report.text.tokens:,} tokens with carried state; speeds: "
-        f"median ± half the quartiles' distance ({runs_on}, {threads})."
+        f"of each scored, ± standard error; one pass: all {report.text.tokens:,} tokens with carried state{others}; "
+        f"speeds: median ± half the quartiles' distance ({runs_on}, {threads})."
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from griffin_gguf.quant import evaluate
-from griffin_gguf.quant.evaluate import kl, perplexity
+from griffin_gguf.quant.evaluate import Perplexity, kl, perplexity, score, stream, windows
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 
 VOCAB = 7
@@ -29,7 +29,6 @@ class Remembering:
         return SimpleNamespace(hash=1)
 
     def forward(self, tokens: Sequence[int], state: Any, every: bool = False) -> NDArray[np.float32]:
-        assert every
         self.calls.append(len(tokens))
         rows = []
         for token in tokens:
@@ -121,3 +120,69 @@ def test_logits_that_are_no_numbers() -> None:
 def test_vocabularies_that_differ() -> None:
     with pytest.raises(UnsupportedError, match="vocabularies of 7 and 8 tokens cannot be compared"):
         kl(Remembering(), Remembering(vocab=8), TOKENS)
+
+
+def test_what_else_tells_two_models_apart() -> None:
+    reference, model = Remembering(), Remembering(5)
+    p, q = reference.probabilities(TOKENS), model.probabilities(TOKENS)
+    own = np.arange(99), TOKENS[1:]
+    found = kl(reference, model, TOKENS)
+    wanted = (p * np.log(p / q)).sum(axis=1)
+    assert found.p99 == pytest.approx(np.quantile(wanted, 0.99), rel=1e-5)
+    assert found.rms_change == pytest.approx(sqrt(((q[own] - p[own]) ** 2).mean()), rel=1e-5)
+    ratio = np.log(p[own] / q[own])  # of the likelihoods of what did follow
+    assert found.log_ratio == pytest.approx(ratio.mean(), rel=1e-5)
+    assert found.log_ratio_stderr == pytest.approx(ratio.std(ddof=1) / sqrt(99), rel=1e-5)
+    assert exp(found.log_ratio) == pytest.approx(
+        perplexity(model, TOKENS).value / perplexity(reference, TOKENS).value, rel=1e-6
+    )
+
+
+def llama_perplexity(model: Remembering, tokens: Sequence[int], ctx: int, bos: int | None) -> tuple[float, float]:
+    """What llama-perplexity does, written down from its description: perplexity and standard error."""
+    losses: list[float] = []
+    for i in range(len(tokens) // ctx):
+        window = list(tokens[i * ctx : (i + 1) * ctx])
+        if bos is not None:
+            window[0] = bos
+        probabilities = model.probabilities(window)
+        losses += [-log(probabilities[j][window[j + 1]]) for j in range(ctx // 2, ctx - 1)]
+    mean = sum(losses) / len(losses)
+    variance = sum(x * x for x in losses) / len(losses) - mean * mean
+    return exp(mean), exp(mean) * sqrt(variance / (len(losses) - 1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(ctx=st.integers(4, 50), count=st.integers(4, 130), bos=st.sampled_from([None, 0, 3]))
+def test_windows_are_read_as_llama_perplexity_reads_them(ctx: int, count: int, bos: int | None) -> None:
+    tokens = np.random.default_rng(count).integers(0, VOCAB, count).tolist()
+    if count < ctx or (count // ctx) * (ctx - 1 - ctx // 2) < 2:
+        with pytest.raises(UnsupportedError, match="too short"):
+            score(Remembering(), windows(tokens, ctx, bos))
+        return
+    found = Perplexity.of(score(Remembering(), windows(tokens, ctx, bos)))
+    assert (found.value, found.stderr) == pytest.approx(llama_perplexity(Remembering(), tokens, ctx, bos), rel=1e-6)
+
+
+def test_scored_tokens_know_where_they_lie() -> None:
+    found = score(Remembering(), windows(TOKENS, 10, 2))
+    assert found.at.tolist() == [start + i for start in range(0, 100, 10) for i in range(6, 10)]
+    assert score(Remembering(), stream(TOKENS)).at.tolist() == list(range(1, 100))
+
+
+def test_the_first_half_of_a_window_needs_no_logits() -> None:
+    class Sparing(Remembering):
+        def forward(self, tokens: Sequence[int], state: Any, every: bool = False) -> NDArray[np.float32]:
+            found = super().forward(tokens, state, True)
+            return found if every else found[-1]
+
+    model = Sparing()
+    score(model, windows(TOKENS, 20, 2))
+    assert model.calls == [10, 9] * 5
+
+
+def test_windows_of_nothing() -> None:
+    with pytest.raises(UnsupportedError, match="a text of 99 tokens is too short; expected a window of 100 at least"):
+        windows(TOKENS[:99], 100, 2)
+    with pytest.raises(UnsupportedError, match="expected at least 4 tokens each, found 3"):
+        windows(TOKENS, 3, 2)

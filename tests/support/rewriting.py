@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from griffin_gguf.quant.file_types import Metadata, file_type
-from griffin_gguf.quant.measure import type_name
+from griffin_gguf.quant.file_types import Metadata, file_type, type_name
 from griffin_gguf.quant.recipes import plan
 from griffin_gguf.quant.writer import Output, header
 from griffin_gguf.runtime.gguf_file import GgufFile
