@@ -5,7 +5,7 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from griffin_gguf.quant.measure import type_name
+from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.runtime.arch import ARCHITECTURE
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.state import kv_type, nbytes

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from griffin_gguf.quant.measure import type_name
+from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.machine import resident_bytes
 from griffin_gguf.runtime.model import Model

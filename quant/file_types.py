@@ -236,3 +236,13 @@ def file_type(name: str) -> FileType:
         reason = _ELSEWHERE.get(name.upper(), f"is no file type; choose one of {', '.join(FILE_TYPES)}")
         raise UnsupportedError(f"{name!r} {reason}")
     return found
+
+
+def type_name(metadata: Mapping[str, Any]) -> str:
+    """Name the file type of a GGUF as `FILE_TYPES` does: Q4_K_M for general.file_type 15; else its recipe in words."""
+    if isinstance(words := metadata.get(RECIPE), str):
+        return words
+    number = metadata.get("general.file_type")
+    if number not in set(LlamaFileType):
+        return "unknown"
+    return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")

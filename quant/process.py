@@ -47,8 +47,7 @@ def in_fresh_process(
             stderr=complaints,
             text=True,
             encoding="utf-8",
-            # What can be imported here can be there.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            env=os.environ | _environment(),
         ) as child,
     ):
         try:
@@ -62,6 +61,11 @@ def in_fresh_process(
             last = (complaints.read().strip().splitlines() or ["no message"])[-1]
             raise BackendError(f"{subject}: measuring it ended with status {status}: {last}")
         return msgspec.convert(answer, kind)
+
+
+def _environment() -> dict[str, str]:
+    """What can be imported here can be there; and a failed assertion of ggml ends with that, not with a backtrace."""
+    return {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "GGML_NO_BACKTRACE": "1"}
 
 
 def serve() -> None:

@@ -1,6 +1,7 @@
 """The measurements themselves. Each function is called in a process of its own (`quant.process`)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from griffin_gguf.quant.memory import Watch
 from griffin_gguf.quant.process import Progress
 from griffin_gguf.quant.report.data import At, Cost, Distance, Quality, Spread, bins
 from griffin_gguf.quant.runner import GriffinRunner, Runner, open_runner
+from griffin_gguf.quant.speed import Test, run_test
 from griffin_gguf.runtime import Model
 from griffin_gguf.runtime.backends.rounded import Precision, RoundedBackend
 from griffin_gguf.runtime.errors import UnsupportedError
@@ -30,6 +32,21 @@ LOADS = 3
 _FIRST_BIN = 64  # tokens; each bin of a text is half again as long as the one before, or nearly
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The beginning of a text: so many `tokens`, and the bytes that they are."""
+
+    tokens: int
+    nbytes: int
+
+
+def cut(path: str, text: str, tokens: int, progress: Progress | None = None) -> Cut:
+    """At most so many tokens of the text, as the model at `path` has them, BOS among them."""
+    with open_runner(Path(path), threads=1) as runner:
+        ids = runner.encode(text)[:tokens]
+        return Cut(len(ids), sum(len(runner.piece(token)) for token in ids))
+
+
 def measure_cost(
     key: str,
     path: str,
@@ -43,53 +60,40 @@ def measure_cost(
 ) -> Cost:
     """Load, memory, speeds: `runs` times a prompt and an answer, then answers at the rising `positions` of the text.
 
-    The text begins again where it ends. A run that only warms up comes before those that count. A model whose memory
-    grows with the text has room up to the last position, or to `context`, what it was trained on, if that is less.
+    Speeds are `quant.speed`'s. The text begins again where it ends. A model whose memory grows with the text has room
+    up to the last position, or to `context`, what it was trained on, if that is less.
     """
-    room = min(max([PROMPT, *positions]), context) + 2 * DECODED
+    room = max(PROMPT, min(max([0, *positions]), context)) + 2 * DECODED
     with Watch() as watch:
         begun = perf_counter()
         runner = open_runner(Path(path), backend=backend, threads=threads, context=room)
         loads = [perf_counter() - begun]
         with runner:
-            tokens: list[int] = np.resize(runner.encode(text), max([PROMPT, *positions]) + DECODED).tolist()
-            prefill = [_prefill(runner, tokens[:PROMPT]) for _ in range(runs + 1)][1:]
+            prefill = run_test(runner, Test(prompt=PROMPT, batch=PROMPT), runs)
             state = runner.new_state()
-            decode = _decode(runner, state, tokens, runs)
+            by_position = [_decode(runner, state, runs)]
             memory, state_nbytes, runs_on = watch.memory, runner.state_nbytes, runner.name
-            by_position = [At(0, decode)]
+            tokens: list[int] = np.resize(runner.encode(text), max([PROMPT, *positions])).tolist()
             for position in positions:
                 if runner.state_nbytes is None and position > context:
                     break
                 runner.forward(tokens[state.position : position], state)
-                by_position.append(At(position, _decode(runner, state, tokens, runs)))
+                by_position.append(_decode(runner, state, runs))
                 progress(position, positions[-1])
     for _ in range(LOADS - 1):
         begun = perf_counter()
         with open_runner(Path(path), backend=backend, threads=threads, context=room):
             loads.append(perf_counter() - begun)
-    return Cost(key, runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill), decode, by_position)
+    return Cost(
+        key, runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill.rates), by_position[0].decode,
+        by_position,
+    )  # fmt: skip
 
 
-def _prefill(runner: Runner, tokens: Sequence[int]) -> float:
-    """Read a prompt: tokens a second."""
-    state = runner.new_state()
-    begun = perf_counter()
-    runner.forward(tokens, state)
-    return len(tokens) / (perf_counter() - begun)
-
-
-def _decode(runner: Runner, state: Any, tokens: Sequence[int], runs: int) -> Spread:
-    """Tokens a second from where `state` stands, which stays there; answers are what follows in the text."""
-    rates: list[float] = []
-    for _ in range(runs + 1):
-        copy = state.copy()
-        begun = perf_counter()
-        for token in tokens[copy.position : copy.position + DECODED]:
-            runner.forward([token], copy)
-        rates.append(DECODED / (perf_counter() - begun))
-        del copy  # before the next one: some models have room for few
-    return Spread.of(rates[1:])
+def _decode(runner: Runner, state: Any, runs: int) -> At:
+    """Answers from where `state` stands, which stays there."""
+    found = run_test(runner, Test(gen=DECODED, depth=state.position), runs, start=state)
+    return At(state.position, Spread.of(found.rates))
 
 
 def measure_quality(

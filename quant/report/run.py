@@ -22,8 +22,7 @@ from griffin_gguf.quant.collect import fingerprint
 from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.quant.process import in_fresh_process
 from griffin_gguf.quant.report.data import VERSION, Cost, Machine, Quality, Report, Row, Settings, Text, short_names
-from griffin_gguf.quant.report.measures import PROMPT, Way, measure_cost, measure_quality
-from griffin_gguf.quant.runner import open_runner
+from griffin_gguf.quant.report.measures import PROMPT, Cut, Way, cut, measure_cost, measure_quality
 from griffin_gguf.runtime.arch import ARCHITECTURE
 from griffin_gguf.runtime.backends.rounded import Precision
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
@@ -158,7 +157,7 @@ class Run:
         rows = families(sources, reference)
         self._sources = {str(source.path): source for source in sources}
         self._settings = settings
-        self._words, self._text = _cut(words, text, sources[0].path, _most_tokens(rows, settings), settings.ctx)
+        self._words, self._text = _cut(words, text, rows, _most_tokens(rows, settings), settings.ctx)
         self._rows = rows if settings.quick else with_precisions(rows)
         self._machine = this_machine()
         self.report = Report(_now(), self._machine, self._text, settings, list(self._rows))
@@ -263,16 +262,17 @@ def _most_tokens(rows: Sequence[Row], settings: Settings) -> int:
     return QUICK_TOKENS if settings.quick else LENGTHS * max(lengths)
 
 
-def _cut(words: str, name: str, path: Path, tokens: int, ctx: int) -> tuple[str, Text]:
-    """At most so many `tokens` of a text by the tokenizer of the model at `path`: all models read the same bytes."""
-    with open_runner(path, context=ctx, threads=1) as runner:
-        ids = runner.encode(words)[:tokens]
-        if len(ids) < ctx:
-            raise FileFormatError(name, "text", f"has {len(ids)} tokens; expected a window of {ctx} at least")
-        read = words.encode()[: sum(len(runner.piece(token)) for token in ids)]
-    whole = read.decode(errors="ignore")  # a cut inside a character
+def _cut(words: str, name: str, rows: Sequence[Row], tokens: int, ctx: int) -> tuple[str, Text]:
+    """At most so many `tokens` of a text, as the first Griffin has them, or the first row: all models read the same."""
+    row = next((row for row in rows if row.architecture == ARCHITECTURE), rows[0])
+    arguments = {"path": row.path, "text": words, "tokens": tokens}
+    # What llama.cpp thinks of a file may end the process.
+    found = cut(**arguments) if row.architecture == ARCHITECTURE else in_fresh_process(cut, Cut, row.path, arguments)
+    if found.tokens < ctx:
+        raise FileFormatError(name, "text", f"has {found.tokens} tokens; expected a window of {ctx} at least")
+    whole = words.encode()[: found.nbytes].decode(errors="ignore")  # a cut inside a character
     raw = whole.encode()
-    return whole, Text(name, len(raw), len(ids), hashlib.sha256(raw).hexdigest())
+    return whole, Text(name, len(raw), found.tokens, hashlib.sha256(raw).hexdigest())
 
 
 def this_machine() -> Machine:

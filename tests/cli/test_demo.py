@@ -9,12 +9,14 @@ def test_the_demo_converts_generates_and_measures(tmp_path: Path) -> None:
     result = griffin("demo", "--dir", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     names = [f"demo-{kind}.gguf" for kind in TYPES]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "report"}
+    assert {"report.html", "report.json", "size.png"} <= {path.name for path in (tmp_path / "out" / "report").iterdir()}
     converted, generated, measured, rest = _parts(result.stdout)
     assert all(name in converted for name in names)
     assert all(f"   {kind} " in generated for kind in TYPES)
     assert generated.count("   … ") == len(TYPES)
     assert all(f" {kind} " in measured for kind in TYPES)
+    assert f"with plots: {tmp_path / 'out'}/report/report.html" in measured
     assert f"chat {tmp_path / 'out'}/demo-Q8_0.gguf" in rest
 
 

@@ -10,8 +10,8 @@ from griffin_gguf.cli import __version__
 from griffin_gguf.cli.main import Griffin, app
 
 COMMANDS = (
-    "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "bench", "report", "export-ollama",
-    "demo", "devices", "rpc-server",
+    "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "bench", "report", "compare",
+    "eval", "recall", "estimate", "export-ollama", "demo", "devices", "rpc-server",
 )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def test_the_examples_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tuning.json"))
     shutil.copytree(checkpoint, "google/recurrentgemma-2b-it")
-    Path("my-text.txt").write_text("Some words of my own, and a few more of them.", encoding="utf-8")
     text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
+    Path("my-text.txt").write_text(text[8000:14000], encoding="utf-8")
     Path("calibration.txt").write_text(text[:8000], encoding="utf-8")
     write_adapter(Path("my-adapter"))
     assert len(EXAMPLES) >= 7

@@ -192,6 +192,9 @@ def test_bad_input_is_one_line_before_anything_is_measured(
     (tmp_path / "taken").write_text("a file")
     assert "taken: File exists" in refused("report", model, *FAST, "-o", tmp_path / "taken")
     assert not folder.exists()
+
+
+def test_a_model_that_nothing_runs_is_named(tmp_path: Path) -> None:
     unknown = foreign(tmp_path / "unknown.gguf", "llama")
     other = _LLAMA.replace(b"llama", b"lxama")
     unknown.write_bytes(unknown.read_bytes().replace(b"llama.", b"lxama.").replace(_LLAMA, other))

@@ -58,8 +58,8 @@ def quality(perplexity: float, kl: float | None = None, *, stream: bool = False,
 def row(name: str, type: str, size: int, perplexity: float, kl: float | None = None, **changes: Any) -> Row:
     """A file of so many MiB; the reference where there is no `kl`."""
     made = Row(
-        f"{name}.gguf", f"models/{name}.gguf", type, "recurrentgemma", 0, kl is None, None, 1_000_000, "a vocabulary", 1024,
-        size * MIB, size * MIB + 1000, cost(2 * size * MIB, 400 / size), quality(perplexity, kl),
+        f"{name}.gguf", f"models/{name}.gguf", type, "recurrentgemma", 0, kl is None, None, 1_000_000,
+        "a vocabulary", 1024, size * MIB, size * MIB + 1000, cost(2 * size * MIB, 400 / size), quality(perplexity, kl),
         quality(perplexity + 1, kl, stream=True),
     )  # fmt: skip
     return replace(made, **changes)
