@@ -25,7 +25,7 @@ def show_depth(
     if text and not words:
         raise FileFormatError(text, "text", "is empty")
     if plot:
-        from griffin_gguf.quant.plots import check_matplotlib
+        from griffin_gguf.quant.drawing import check_matplotlib
 
         check_matplotlib()
     with (

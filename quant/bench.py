@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 
 from griffin_gguf.quant.encode import EncodingError, Importance, encode_tensor
-from griffin_gguf.quant.evaluate import Divergence, kl
+from griffin_gguf.quant.evaluate import Comparison, Divergence, compare, stream
 from griffin_gguf.quant.evaluate import Progress as TokenProgress
 from griffin_gguf.quant.file_types import ALWAYS_F32
 from griffin_gguf.quant.imatrix import ImportanceMatrix
@@ -111,9 +111,15 @@ class Bench:
 
         Raises `GriffinError` where its logits are not finite, `BackendError` where ggml cannot be used or lacks memory.
         """
+        return Divergence.of(self.comparison(types, progress, tokens=tokens))
+
+    def comparison(
+        self, types: Mapping[str, T], progress: TokenProgress | None = None, *, tokens: int | None = None
+    ) -> Comparison:
+        """The same token by token."""
         model, backend, reference = self._ready()
         backend.patch({name: type for name, type in types.items() if type is not self.own_type(name)}, self.encoded)
-        return kl(reference, model, self.text[: tokens + 1] if tokens else self.text, progress)
+        return compare(reference, model, stream(self.text[: tokens + 1] if tokens else self.text), progress)
 
     def _ready(self) -> tuple[Model, PatchedBackend, "_Recorded"]:
         """The model, run over the text once."""

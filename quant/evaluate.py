@@ -7,7 +7,7 @@ from an empty state, the later half of each scored: llama.cpp's protocol, and so
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp, log, sqrt
 from time import perf_counter
 from typing import Any, Protocol, Self
@@ -161,7 +161,6 @@ class Divergence:
     log_ratio: float
     log_ratio_stderr: float
     tokens: int
-    values: NDArray[np.float64] = field(repr=False, compare=False)  # token by token, in order
 
     @classmethod
     def of(cls, found: Comparison) -> Self:
@@ -179,7 +178,6 @@ class Divergence:
             ratio,
             ratio_stderr,
             len(found.kl),
-            found.kl,
         )
 
 

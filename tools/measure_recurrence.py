@@ -21,7 +21,7 @@ from gguf.quants import dequantize as decoded
 from numpy.typing import NDArray
 
 from griffin_gguf.quant.encode import encode, encoder
-from griffin_gguf.quant.evaluate import kl, mean_and_error, perplexity
+from griffin_gguf.quant.evaluate import Divergence, Perplexity, compare, mean_and_error, perplexity, stream
 from griffin_gguf.quant.file_types import Metadata, file_type
 from griffin_gguf.quant.recipes import Choices, plan
 from griffin_gguf.quant.writer import Output, write
@@ -90,10 +90,11 @@ def main() -> None:
                 for type in PARTS[part][1]:
                     bits = write_variant(arguments.source, target, name, part, type)
                     with load(target, threads=arguments.threads) as model:
-                        far, score = kl(reference, model, tokens), perplexity(model, tokens)
-                    unvaried = far if unvaried is None else unvaried
-                    cost, error = mean_and_error(far.values - unvaried.values)
-                    late = far.values[-len(far.values) // 4 :].mean()
+                        found = compare(reference, model, stream(tokens))
+                    far, score = Divergence.of(found), Perplexity.of(found.scores)
+                    unvaried = found.kl if unvaried is None else unvaried
+                    cost, error = mean_and_error(found.kl - unvaried)
+                    late = found.kl[-len(found.kl) // 4 :].mean()
                     print(
                         f"| {name} | {part} {type.name} | {bits:.3f} | {1e6 * far.mean:.1f} "
                         f"| {1e6 * cost:+.1f} ± {1e6 * error:.1f} | {1e6 * late:.1f} | {far.top1:.2%} "

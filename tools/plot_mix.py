@@ -145,7 +145,7 @@ def compare(bench: Bench, imatrix: ImportanceMatrix, costs: Costs) -> list[Row]:
 
 def divergences(bench: Bench, types: Mapping[str, T]) -> NDArray[np.float64]:
     """KL token by token, f64 [tokens]."""
-    return bench.divergence({name: type for name, type in types.items() if name in bench.tensors}).values
+    return bench.comparison({name: type for name, type in types.items() if name in bench.tensors}).kl
 
 
 def measured(bench: Bench, costs: Costs, bits: float) -> tuple[float, float]:

@@ -66,26 +66,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Distance:
-    """From the reference: `quant.evaluate.Divergence` in numbers."""
-
-    mean: float
-    stderr: float
-    median: float
-    p99: float
-    maximum: float
-    top1: float
-    rms_change: float
-    log_ratio: float
-    log_ratio_stderr: float
-
-    @classmethod
-    def of(cls, found: Divergence) -> Self:
-        """All but the values of single tokens."""
-        return cls(*(getattr(found, name) for name in cls.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
 class Bin:
     """Tokens [start, stop) of a text: how many were predicted, the mean loss, the mean KL to the reference."""
 
@@ -115,7 +95,7 @@ class Quality:
     nll_stderr: float
     bits_per_byte: float
     seconds: float
-    distance: Distance | None
+    distance: Divergence | None
     bins: list[Bin]
     halves_kl: list[float] | None
 
@@ -125,7 +105,7 @@ class Quality:
         key: str,
         scores: Scores,
         nbytes: int,
-        distance: Distance | None,
+        distance: Divergence | None,
         bins: list[Bin],
         halves: list[float] | None,
     ) -> Self:

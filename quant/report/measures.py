@@ -11,7 +11,7 @@ import numpy as np
 from griffin_gguf.quant.evaluate import Comparison, Divergence, Scores, compare, score, stream, windows
 from griffin_gguf.quant.memory import Watch
 from griffin_gguf.quant.process import Progress
-from griffin_gguf.quant.report.data import At, Cost, Distance, Quality, Spread, bins
+from griffin_gguf.quant.report.data import At, Cost, Quality, Spread, bins
 from griffin_gguf.quant.runner import GriffinRunner, Runner, open_runner
 from griffin_gguf.quant.speed import Test, run_test
 from griffin_gguf.runtime import Model
@@ -137,7 +137,7 @@ def measure_quality(
 def _summary(
     key: str, scores: Scores, found: Comparison | None, nbytes: int, ctx: int, way: Way, count: int
 ) -> Quality:
-    distance = Distance.of(Divergence.of(found)) if found else None
+    distance = Divergence.of(found) if found else None
     by_position = bins(scores.at, scores.nll, found.kl if found else None, edges(count)) if way == "stream" else []
     halves = halves_of(found, count, ctx) if found else None
     return Quality.of(key, scores, nbytes, distance, by_position, halves)

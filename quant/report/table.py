@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from griffin_gguf.quant.drawing import clipped
+from griffin_gguf.quant.evaluate import Divergence
 from griffin_gguf.quant.report.advice import gib
-from griffin_gguf.quant.report.data import Distance, Quality, Report, Row, Spread
+from griffin_gguf.quant.report.data import Quality, Report, Row, Spread
 
 #: What stands where nothing was measured, or nothing can be.
 NONE = "—"
@@ -45,7 +46,7 @@ def _more(row: Row) -> str:
     return f"{100 * far.log_ratio:+.2f} ± {100 * far.log_ratio_stderr:.2f}"
 
 
-def _mean(far: Distance | None) -> str:
+def _mean(far: Divergence | None) -> str:
     assert far
     return f"{far.mean:.3g} ± {far.stderr:.1g}"
 

@@ -8,12 +8,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime import state as states
+from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.backends.ggml_memory import GgmlState, Pool
 from griffin_gguf.runtime.backends.ggml_ops import GgmlOps, Part, Plan
 from griffin_gguf.runtime.backends.ggml_weights import Weights
@@ -42,6 +43,30 @@ _WINDOW_STEP = 256
 
 Chunk = NDArray[np.int32]
 Batch = Sequence[tuple[Chunk, GgmlState]]
+
+
+class _Weights(Protocol):
+    def of(self, count: int) -> Mapping[str, Tensor]:
+        """By name, the tensors for a graph of `count` tokens."""
+        ...
+
+
+class Ground(Protocol):
+    """What graphs are built on: a model's numbers, its weights and states, and where they lie.
+
+    `GgmlBackend` is one, and `ggml_outline.Outline`, whose weights lie nowhere.
+    """
+
+    @property
+    def hp(self) -> Hyperparameters: ...
+    @property
+    def tuning(self) -> Tuning: ...
+    @property
+    def device(self) -> Devices: ...
+    @property
+    def memory(self) -> Pool: ...
+    @property
+    def weights(self) -> _Weights: ...
 
 
 class GgmlBackend:
@@ -91,12 +116,9 @@ class GgmlBackend:
 
         No memory is taken but for one state, where there is none yet.
         """
-        allocator, measured = self.device.allocator(), list[int]()
-        with self.memory.lock:
-            part = Part(self.new_state().slot, max(1, self.chunk // texts), False, self.memory.ring)
-            Graph(self, Plan((part,) * texts, "last", False), place=lambda c: measured.append(allocator.measure(c)))
         places = 1 if isinstance(self.device, Device) else self._most_graphs
-        return int(_UNEVEN * measured[0]) * places + self._most_graphs * _GRAPH_NBYTES
+        values, _ = measure(self, texts, self.chunk)
+        return bound_nbytes(values, places, self._most_graphs)
 
     def reserve(self, count: int) -> None:
         """Make room for so many more states at once. Raises `BackendError` where there is no memory."""
@@ -141,7 +163,7 @@ class GgmlBackend:
             allocator = self.allocators[trace]
             before = allocator.nbytes
             try:
-                graph = Graph(self, plan, kind)
+                graph = Graph(self, plan, allocator.place, kind)
             finally:  # an allocator that could not grow has given back what it held
                 if allocator.nbytes != before:
                     for lost in [key for key in self._graphs if key[0].trace == trace]:
@@ -176,6 +198,25 @@ class GgmlBackend:
             self.device.close()
 
 
+def measure(ground: Ground, texts: int, tokens: int) -> tuple[int, int]:
+    """Bytes of the values of a pass over `tokens` tokens of so many texts, in equal parts, and of its graph.
+
+    No memory is taken but for one state, where there is none yet.
+    """
+    allocator, found = ground.device.allocator(), list[tuple[int, int]]()
+    with ground.memory.lock:
+        slot = ground.memory.take()
+        ground.memory.give_back(slot)
+        part = Part(slot, max(1, tokens // texts), False, ground.memory.ring)
+        Graph(ground, Plan((part,) * texts, "last", False), lambda c: found.append((allocator.measure(c), c.nbytes)))
+    return found[0]
+
+
+def bound_nbytes(values: int, places: int = 1, graphs: int = _GRAPHS) -> int:
+    """Bytes at most of passes whose values take so many, in as many places, and of the graphs that are kept."""
+    return int(_UNEVEN * values) * places + graphs * _GRAPH_NBYTES
+
+
 def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows: Rows) -> NDArray[np.float32]:
     """Logits as the caller's batch has its texts."""
     if order == sorted(order):
@@ -189,30 +230,26 @@ def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows:
 class Graph:
     """The forward pass of a plan; `ops` are its operations, which may do more than compute.
 
-    `place` gives its values their addresses, the backend's allocator unless given.
+    `place` gives its values their addresses.
     """
 
     def __init__(
-        self,
-        backend: GgmlBackend,
-        plan: Plan,
-        kind: type[GgmlOps] = GgmlOps,
-        place: Callable[[Context], object] | None = None,
+        self, ground: Ground, plan: Plan, place: Callable[[Context], object], kind: type[GgmlOps] = GgmlOps
     ) -> None:
-        hp, device = backend.hp, backend.device
-        self.plan, self._hp, self._ring, self._device = plan, hp, backend.memory.ring, device
+        hp, device = ground.hp, ground.device
+        self.plan, self._hp, self._ring, self._device = plan, hp, ground.memory.ring, device
         tile = TILE if device.is_cpu else plan.count
         size = kind.tensors(hp, plan, tile)
         self._context = context = Context(size, nodes=size)
-        weights = backend.weights.of(plan.count)
-        self.ops = kind(context, weights, hp, backend.memory, plan, tile=tile, attention=backend.tuning.attention)
+        weights = ground.weights.of(plan.count)
+        self.ops = kind(context, weights, hp, ground.memory, plan, tile=tile, attention=ground.tuning.attention)
         self._inputs = self.ops.inputs
         logits = forward(self.ops, hp, self._inputs.tokens, plan.rows)
         self._logits = context.output(logits) if isinstance(logits, Tensor) else None
         lacking = device.unsupported(context)
         if lacking:
             raise BackendError(f"ggml: {device.name} has no operation {lacking} for this model's types")
-        (place or backend.allocators[plan.trace].place)(context)
+        place(context)
 
     def run(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> NDArray[np.float32] | None:
         """Compute on these tokens of the plan's texts, from these positions on; the logits before their cap, if any."""

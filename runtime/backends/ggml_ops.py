@@ -1,7 +1,7 @@
 """The operations of griffin.py as nodes of a ggml graph, for one batch of chunks."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,7 +90,7 @@ class GgmlOps:
     def __init__(
         self,
         context: Context,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         hp: Hyperparameters,
         memory: Pool,
         plan: Plan,

@@ -4,12 +4,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from griffin_gguf.quant.evaluate import Divergence
 from griffin_gguf.quant.memory import Memory
 from griffin_gguf.quant.report.data import (
     At,
     Bin,
     Cost,
-    Distance,
     Machine,
     Quality,
     Report,
@@ -35,7 +35,7 @@ def cost(needed: int = 100 * MIB, decode: float = 50.0, key: str = "cost") -> Co
 
 def quality(perplexity: float, kl: float | None = None, *, stream: bool = False, drift: float = 1.0) -> Quality:
     """With `drift` the divergence of the last window is so many times that of the first, in a stream."""
-    far = None if kl is None else Distance(kl, kl / 50, kl / 2, 5 * kl, 20 * kl, 0.9, 0.01, kl / 2, kl / 40)
+    far = None if kl is None else Divergence(kl, kl / 50, kl / 2, 5 * kl, 20 * kl, 0.9, 0.01, kl / 2, kl / 40, 10000)
     halves = None
     if kl is not None:
         noise = [1 + 0.1 * (-1) ** i for i in range(WINDOWS)]
