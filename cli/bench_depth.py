@@ -8,6 +8,7 @@ from griffin_gguf.cli.commands.convert import new_folder
 from griffin_gguf.cli.console import clean, note, out, size, table
 from griffin_gguf.cli.progress import progress
 from griffin_gguf.cli.text import read_text, write_text
+from griffin_gguf.quant.wording import digits
 
 if TYPE_CHECKING:
     from griffin_gguf.quant.depth import Change, Depth
@@ -42,11 +43,6 @@ def show_depth(
     _show(found)
     for file in files:
         out().print(str(file), markup=False, soft_wrap=True)
-
-
-def digits(rate: float) -> str:
-    """Three digits, all of them where there are more before the point."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _write(found: "Depth", folder: Path) -> list[Path]:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_gguf.cli.bench_depth import digits
 from griffin_gguf.cli.console import clean, note, out, print_json, size, table
 from griffin_gguf.cli.progress import progress
+from griffin_gguf.quant.wording import digits
 
 if TYPE_CHECKING:
     from griffin_gguf.runtime.tuner import Duel, Speed

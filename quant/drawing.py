@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from griffin_gguf.quant.wording import UNITS
 from griffin_gguf.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ DARK, LIGHT = "#333333", "#e6e6e6"
 
 #: Colours of lines and points, to be told apart by those who see no red or green, too.
 COLORS = ("#1f6fb4", "#c8503c", "#2b8a57", "#d08a1d", "#7a5aa6", "#3aa6b9", "#b05a8c", "#7d6b4f", "#5b6b7a")
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -93,7 +92,7 @@ def byte_axis(axis: Any, most: float) -> None:
     unit = 1024**power
     marks = MaxNLocator(6).tick_values(0, most / unit)
     axis.set_major_locator(FixedLocator([float(mark * unit) for mark in marks]))
-    axis.set_major_formatter(lambda value, _: f"{value / unit:g} {_UNITS[power]}" if value else "0")
+    axis.set_major_formatter(lambda value, _: f"{value / unit:g} {UNITS[power]}" if value else "0")
 
 
 def plain_numbers(axis: Any) -> None:
@@ -104,15 +103,3 @@ def plain_numbers(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def clipped(name: str, length: int = 40) -> str:
-    """A name in at most so many characters."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def size_text(count: float) -> str:
-    """Bytes in binary units, three digits as a rule: 512 MiB, 1.75 GiB."""
-    power = min(max(int(count).bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    value = count / 1024**power
-    return f"{value:.0f} {_UNITS[power]}" if value >= 100 else f"{value:.3g} {_UNITS[power]}"

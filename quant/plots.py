@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from griffin_gguf.quant.depth import CACHES, Depth
-from griffin_gguf.quant.drawing import COLORS, DARK, clipped, frame, label_ends, new_figure, save, size_text
+from griffin_gguf.quant.drawing import COLORS, DARK, frame, label_ends, new_figure, save
+from griffin_gguf.quant.wording import clipped, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

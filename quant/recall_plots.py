@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from griffin_gguf.quant.drawing import COLORS, DARK, clipped, frame, label_ends, new_figure, save
+from griffin_gguf.quant.drawing import COLORS, DARK, frame, label_ends, new_figure, save
 from griffin_gguf.quant.recall import INTERVAL, Mean, Point, Recall, Share
 from griffin_gguf.quant.recall_tasks import TASKS
+from griffin_gguf.quant.wording import clipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,6 +8,7 @@ import typer
 
 from griffin_gguf.cli.console import clean, note, out, print_json, size, table
 from griffin_gguf.cli.options import TYPES_HELP, Json, Threads, add_command, parse_size, parse_types
+from griffin_gguf.quant.wording import digits
 
 if TYPE_CHECKING:
     from griffin_gguf.quant.estimate import Estimate, Layout
@@ -165,7 +166,7 @@ def _show(hp: "Hyperparameters", found: "list[Estimate]", tokens: int, batch: in
     parts = ("file's\npages", "states", "buffers", "logits", "vocabulary", "program", "repacked\n(if tuned)")
     split = table("RAM of", *parts, right=parts)
     for one in found:
-        rates = [_digits(rate) for rate in (one.decode, one.prefill) if rate is not None]
+        rates = [digits(rate) for rate in (one.decode, one.prefill) if rate is not None]
         memory, name = one.memory, clean(one.type)
         sizes = (_decimal(one.file_size), *map(size, (one.file_size, memory.total, memory.most)))
         lines.add_row(name, f"{one.bits_per_weight:.2f}", *sizes, *rates)
@@ -175,11 +176,6 @@ def _show(hp: "Hyperparameters", found: "list[Estimate]", tokens: int, batch: in
     out().print(split)
     out().print(_length_line(found[0], tokens, batch), markup=False, soft_wrap=True)
     note(_legend(batch, bandwidth))
-
-
-def _digits(rate: float) -> str:
-    """Three digits, all of them where there are more before the point."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _decimal(count: int) -> str:

@@ -7,6 +7,7 @@ from math import exp, log
 import numpy as np
 
 from griffin_gguf.quant.report.data import Report, Row
+from griffin_gguf.quant.wording import size_text
 
 #: How much more perplexity is no loss worth speaking of, where a file is faster for it.
 TOLERANCE = 0.01
@@ -92,10 +93,13 @@ def sentence(report: Report, memory: int) -> str:
         least = min(rows, key=lambda r: r.cost.memory.needed if r.cost else 0)
         assert least.cost
         return (
-            f"With {gib(memory)} of memory none of these files runs well: the smallest, {least.name}, needs "
-            f"{gib(least.cost.memory.needed)}."
+            f"With {size_text(memory)} of memory none of these files runs well: the smallest, {least.name}, needs "
+            f"{size_text(least.cost.memory.needed)}."
         )
-    top, words = best(rows), f"With {gib(memory)} of memory take {taken.name}: it needs {gib(taken.cost.memory.needed)}"
+    top, words = (
+        best(rows),
+        f"With {size_text(memory)} of memory take {taken.name}: it needs {size_text(taken.cost.memory.needed)}",
+    )
     if taken is top:
         return words + ", and none predicts the text better."
     words += f", its perplexity is {against(taken, top)}"
@@ -110,11 +114,6 @@ def against(row: Row, top: Row) -> str:
     more, far = 100 * increase(row, top), row.windows.distance
     error = f" ± {100 * far.log_ratio_stderr:.2f}" if far and row.family == top.family else ""
     return f"{abs(more):.2f}{error} % {'above' if more >= 0 else 'below'} that of {top.name}"
-
-
-def gib(count: float) -> str:
-    """Bytes as people say them."""
-    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from griffin_gguf.quant.report.advice import (
     best,
     choices,
     drift,
-    gib,
     pareto,
     sentence,
 )
 from griffin_gguf.quant.report.data import Report, Row
 from griffin_gguf.quant.report.table import COLUMNS, DIVERGENCE, cells, labels, legend, markdown, told_by_type
+from griffin_gguf.quant.wording import size_text
 
 #: What a plot shows, under it.
 CAPTIONS: Mapping[str, str] = {
@@ -70,8 +70,8 @@ def to_html(report: Report, plots: Mapping[str, str], memory: int) -> str:
         plots=[(name, _TITLES[name], Markup(_themed(svg)), CAPTIONS[name]) for name, svg in plots.items()],
         drift=_drift_lines(report, labels(report.rows)),
         legend=legend(report),
-        memory=gib(report.machine.memory),
-        text_size=gib(report.text.nbytes),
+        memory=size_text(report.machine.memory),
+        text_size=size_text(report.text.nbytes),
         light=_colors(COLORS),
         dark=_colors(_ON_DARK),
     )
@@ -94,7 +94,7 @@ def to_markdown(report: Report, memory: int) -> str:
         parts += ["## Divergence with carried state over that of fresh windows\n", markdown(found[0], found[1:], 1)]
     machine = report.machine
     parts.append(
-        f"{machine.cpu}, {machine.cores} cores, {gib(machine.memory)}, {machine.system}; griffin-gguf "
+        f"{machine.cpu}, {machine.cores} cores, {size_text(machine.memory)}, {machine.system}; griffin-gguf "
         f"{machine.griffin}, llama-cpp-python {machine.llama_cpp_python}; {report.made}.\n"
     )
     return "\n".join(parts)
@@ -124,11 +124,11 @@ def _drift_lines(report: Report, label: Mapping[int, str]) -> list[list[str]]:
 def _chosen(choice: Choice, report: Report) -> tuple[str, str, str]:
     """A line of the table of advice: memory, file, why."""
     if choice.row is None or choice.row.cost is None:
-        return gib(choice.memory), "none of these", "the smallest needs more"
+        return size_text(choice.memory), "none of these", "the smallest needs more"
     row, top = choice.row, best(report.files)
     assert row.cost
     more = "the best here" if row is top else f"perplexity {against(row, top)}"
-    return gib(choice.memory), row.name, f"needs {gib(row.cost.memory.needed)}, {more}"
+    return size_text(choice.memory), row.name, f"needs {size_text(row.cost.memory.needed)}, {more}"
 
 
 #: `COLORS` as they are readable on a dark ground.

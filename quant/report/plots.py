@@ -20,11 +20,11 @@ from griffin_gguf.quant.drawing import (
     new_figure,
     plain_numbers,
     save,
-    size_text,
 )
 from griffin_gguf.quant.report.advice import drift, pareto
 from griffin_gguf.quant.report.data import Bin, Report, Row
 from griffin_gguf.quant.report.table import labels
+from griffin_gguf.quant.wording import size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

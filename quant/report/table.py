@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from griffin_gguf.quant.drawing import clipped
 from griffin_gguf.quant.evaluate import Divergence
-from griffin_gguf.quant.report.advice import gib
 from griffin_gguf.quant.report.data import Quality, Report, Row, Spread
+from griffin_gguf.quant.wording import clipped, digits, size_text
 
 #: What stands where nothing was measured, or nothing can be.
 NONE = "—"
@@ -26,12 +25,7 @@ class Column:
 
 
 def _speed(spread: Spread) -> str:
-    return f"{_digits(spread.median)} ± {_digits((spread.high - spread.low) / 2)}"
-
-
-def _digits(value: float) -> str:
-    """Three digits, all of them where there are more before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits(spread.median)} ± {digits((spread.high - spread.low) / 2)}"
 
 
 def _perplexity(quality: Quality) -> str:
@@ -62,11 +56,11 @@ def _distance(name: str, format: str) -> Callable[[Row], str]:
 COLUMNS: tuple[Column, ...] = (
     Column("type", "the file type", lambda r: r.type),
     Column("bits/weight", "bits of tensor data a weight", lambda r: f"{r.bits_per_weight:.2f}"),
-    Column("file", "size of the file", lambda r: gib(r.file_size)),
+    Column("file", "size of the file", lambda r: size_text(r.file_size)),
     Column(
         "RAM needed",
         "most memory of its own plus most mapped pages, the weights among them, while it reads and writes",
-        lambda r: gib(r.cost.memory.needed) if r.cost else NONE,
+        lambda r: size_text(r.cost.memory.needed) if r.cost else NONE,
     ),
     Column("load s", "median time until it is ready", lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE, False),
     Column(

@@ -18,8 +18,8 @@ from transformers import GemmaConfig, MistralConfig
 from griffin_gguf.convert.pipeline import convert
 from griffin_gguf.quant import depth as depths
 from griffin_gguf.quant.depth import CACHES, Change, Depth, Point, measure_depth, rows
-from griffin_gguf.quant.drawing import size_text
 from griffin_gguf.quant.plots import draw_depth
+from griffin_gguf.quant.wording import size_text
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.model import Model
