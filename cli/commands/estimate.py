@@ -204,5 +204,5 @@ def _legend(batch: int, bandwidth: float | None) -> str:
         return f"{ram}{together}Decode is an upper bound: all weights read once a step, at {bandwidth / 1e9:g} GB/s."
     return (
         f"{ram}{together}Speeds are upper bounds: matrix products alone, as fast as measured here just now. "
-        "docs/performance.md: decode reaches some 0.94 of that, prefill 0.89 to 0.97."
+        "docs/estimates.md: a 2B decoded at 0.8 of it and prefilled at 0.95."
     )
