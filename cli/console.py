@@ -27,8 +27,8 @@ def clean(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Say something to the person that is no result."""
-    err.print(text, markup=False, soft_wrap=True, style="dim")
+    """Say something to the person that is no result: on a terminal in lines of whole words, elsewhere in one."""
+    err.print(text, markup=False, soft_wrap=not err.is_terminal, style="dim")
 
 
 def complain(text: str) -> None:
@@ -52,12 +52,12 @@ def size(count: float) -> str:
     raise AssertionError("the last unit takes everything")
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
-    """An empty table; the columns named in `right` hold numbers."""
+def table(*columns: str, right: tuple[str, ...] = (), tight: bool = False) -> "Table":
+    """An empty table; the columns named in `right` hold numbers. `tight` where many of them must fit a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1), pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return made

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: The measurements, kept from the first on.
 KEPT = "report.json"
 
+_WIDE = 100  # columns of a terminal from which on all that is short enough is shown
+
 
 def measure_report(
     files: Mapping[Path, str],
@@ -70,12 +72,14 @@ def write_report(report: "Report", folder: Path) -> list[Path]:
 def show_report(report: "Report") -> None:
     """The table, what its numbers are, and the advice."""
     from griffin_gguf.quant.report.advice import sentence
-    from griffin_gguf.quant.report.table import brief_columns, cells, legend
+    from griffin_gguf.quant.report.table import brief, cells, legend, told_by_type
 
-    rows, chosen = report.files, brief_columns(report)
-    headings = ["\n".join(column.heading.replace("/", " /").rsplit(" ", 1)) for column in chosen]
-    named = len({row.type for row in rows}) < len(rows)  # else the type says which file it is
-    lines = table(*["file"] * named, *headings, right=tuple(headings[1:]))
+    rows, chosen = report.files, brief(report, wide=out().width >= _WIDE)
+    headings = ["\n".join(column.heading.replace("bits/", "bits /").rsplit(" ", 1)) for column in chosen]
+    named = not told_by_type(rows)  # else the type says which file it is
+    lines = table(*["file"] * named, *headings, right=tuple(headings[1:]), tight=True)
+    if named:
+        lines.columns[0].no_wrap = False
     for row, line in zip(rows, cells(rows, chosen), strict=True):
         lines.add_row(*[clean(row.name)] * named, *map(clean, line))
     out().print(lines)

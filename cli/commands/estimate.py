@@ -164,7 +164,7 @@ def _show(hp: "Hyperparameters", found: "list[Estimate]", tokens: int, batch: in
     headings = ("bits a\nweight", "file", "the same", "RAM", "at most", *speeds)
     lines = table("type", *headings, right=headings)
     parts = ("file's\npages", "states", "buffers", "logits", "vocabulary", "program", "repacked\n(if tuned)")
-    split = table("RAM of", *parts, right=parts)
+    split = table("RAM of", *parts, right=parts, tight=True)
     for one in found:
         rates = [digits(rate) for rate in (one.decode, one.prefill) if rate is not None]
         memory, name = one.memory, clean(one.type)

@@ -16,6 +16,8 @@ from griffin_gguf.cli.text import read_text, write_text
 if TYPE_CHECKING:
     from griffin_gguf.quant.recall import Mean, Recall, Share
 
+_WIDE = 100  # columns of a terminal from which on distances are also given as ratios
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -125,15 +127,14 @@ def _write(found: "Recall", folder: Path) -> list[Path]:
 
 def _show(found: "Recall") -> None:
     """The table, and what its numbers are."""
-    headings = ("distance", "windows", "training\nlengths", "greedy\nright", "likeliest\nright", "nats a token\nsaved")
-    lines = table("task", *headings, "of", right=(*headings, "of"))
-    last = ""
+    ratios = ("windows", "training\nlengths") if out().width >= _WIDE else ()
+    headings = ("distance", *ratios, "greedy\nright", "likeliest\nright", "nats a token\nsaved", "of")
+    lines, last = table("task", *headings, right=headings, tight=True), ""
     for point in found.points:
         lines.add_row(
             point.task if point.task != last else "",
             f"{point.distance:,}",
-            f"{point.windows:.3g}",
-            f"{point.trainings:.3g}",
+            *((f"{point.windows:.3g}", f"{point.trainings:.3g}") if ratios else ()),
             _share(point.exact),
             _share(point.choice),
             _mean(point.saved),

@@ -36,7 +36,7 @@ def report(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="GGUF files, of other architectures too where llama.cpp runs them, or checkpoint folders.",
             show_default=False,
         ),

@@ -158,7 +158,8 @@ class Run:
         self._sources = {str(source.path): source for source in sources}
         self._settings = settings
         self._words, self._text = _cut(words, text, rows, _most_tokens(rows, settings), settings.ctx)
-        self._rows = rows if settings.quick else with_precisions(rows)
+        # Lower precisions are operations of ggml's graphs; beside NumPy's f32 keys they would be something else.
+        self._rows = rows if settings.quick or settings.backend == "numpy" else with_precisions(rows)
         self._machine = this_machine()
         self.report = Report(_now(), self._machine, self._text, settings, list(self._rows))
         self._known = {measure.key: measure for row in kept.rows for measure in row.measures} if kept else {}

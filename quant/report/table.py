@@ -1,7 +1,7 @@
 """The table of a report: one list of columns for the terminal, Markdown and the page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from griffin_gguf.quant.evaluate import Divergence
 from griffin_gguf.quant.report.data import Quality, Report, Row, Spread
@@ -16,12 +16,12 @@ _PER_BYTE = "bits/byte"
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, what it means, and what stands in a row's cell."""
+    """A heading, what it means, what stands in a row's cell, and what in few characters."""
 
     heading: str
     meaning: str
     cell: Callable[[Row], str]
-    brief: bool = True  # also where there is little room
+    short: Callable[[Row], str] | None = None  # as `cell` if None
 
 
 def _speed(spread: Spread) -> str:
@@ -62,17 +62,24 @@ COLUMNS: tuple[Column, ...] = (
         "most memory of its own plus most mapped pages, the weights among them, while it reads and writes",
         lambda r: size_text(r.cost.memory.needed) if r.cost else NONE,
     ),
-    Column("load s", "median time until it is ready", lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE, False),
+    Column("load s", "median time until it is ready", lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE),
     Column(
         "read tok/s",
         "prompt tokens a second, median ± half the distance of the quartiles",
         lambda r: _speed(r.cost.prefill) if r.cost else NONE,
+        lambda r: digits(r.cost.prefill.median) if r.cost else NONE,
     ),
-    Column("write tok/s", "answer tokens a second, likewise", lambda r: _speed(r.cost.decode) if r.cost else NONE),
+    Column(
+        "write tok/s",
+        "answer tokens a second, likewise",
+        lambda r: _speed(r.cost.decode) if r.cost else NONE,
+        lambda r: digits(r.cost.decode.median) if r.cost else NONE,
+    ),
     Column(
         "perplexity",
         "by llama.cpp's protocol ± standard error: windows, BOS first, the later half scored",
         lambda r: _perplexity(r.windows) if r.windows else NONE,
+        lambda r: f"{r.windows.perplexity:.3f}" if r.windows else NONE,
     ),
     Column("Δ %", "ln of perplexity over the reference's, in hundredths ± paired standard error", _more),
     Column("KL", "mean KL divergence from the reference, nats a token", _distance("mean", ".2g")),
@@ -81,20 +88,24 @@ COLUMNS: tuple[Column, ...] = (
         "one pass",
         "perplexity over the text in one pass, the state carried all the way ± standard error",
         lambda r: _perplexity(r.stream) if r.stream else NONE,
-        False,
     ),
     Column(
         _PER_BYTE,
         "of text, in windows: comparable between vocabularies",
         lambda r: f"{r.windows.bits_per_byte:.4f}" if r.windows else NONE,
-        False,
     ),
 )
 
 
-def brief_columns(report: Report) -> list[Column]:
-    """Those for where there is little room: with bits per byte only of several vocabularies."""
-    return [c for c in COLUMNS if c.brief or (c.heading == _PER_BYTE and not report.one_vocabulary)]
+def brief(report: Report, *, wide: bool) -> list[Column]:
+    """The columns for a terminal, of short cells: some 75 characters, with `wide` some 20 more.
+
+    Perplexities of several vocabularies cannot be compared: bits per byte take their place.
+    """
+    chosen = ["type", "file", "RAM needed", "read tok/s", "write tok/s"]
+    chosen += ["perplexity" if report.one_vocabulary else _PER_BYTE, "Δ %", "KL"]
+    chosen += ["bits/weight", "same top-1"] if wide else []
+    return [replace(c, cell=c.short or c.cell) for c in COLUMNS if c.heading in chosen]
 
 
 #: Further columns of what tells a file from its reference, for the page and Markdown.

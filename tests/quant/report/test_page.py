@@ -11,7 +11,7 @@ import reports
 
 from griffin_gguf.quant.report.page import to_html, to_markdown
 from griffin_gguf.quant.report.plots import PLOTS, draw
-from griffin_gguf.quant.report.table import COLUMNS, NONE, brief_columns, cells, labels, legend
+from griffin_gguf.quant.report.table import COLUMNS, NONE, brief, cells, labels, legend
 
 GIB = 1 << 30
 
@@ -156,10 +156,24 @@ def test_losses_of_several_vocabularies_are_given_per_byte(tmp_path: Path) -> No
     one = reports.typical()
     other = reports.row("gemma", "Q8_0", 9, 300.0, architecture="gemma", vocabulary="another", family=1)
     report = reports.report(*one.rows, other)
-    assert [c.heading for c in brief_columns(one)] == [c.heading for c in COLUMNS if c.brief]
-    assert [c.heading for c in brief_columns(report)][-1] == "bits/byte"
+    assert "bits/byte" not in [c.heading for c in brief(one, wide=True)]
+    headings = [c.heading for c in brief(report, wide=False)]
+    assert "bits/byte" in headings
+    assert "perplexity" not in headings
     assert "compare bits per byte" in legend(report)
     plots = draw(report, tmp_path)
     assert "bits per byte" in plots["size"]
     assert "Loss, bits per byte" in plots["position"]
     assert "Loss, nats a token" in draw(one, tmp_path)["position"]
+
+
+@pytest.mark.parametrize(("wide", "room"), [(False, 80), (True, 100)])
+def test_a_terminal_has_room_for_the_brief_table(wide: bool, room: int) -> None:
+    columns = brief(reports.typical(), wide=wide)
+    widths = [
+        max([*map(len, column.heading.replace("bits/", "bits /").rsplit(" ", 1)), *(len(line[i]) for line in lines)])
+        for lines in [cells(reports.typical().files, columns)]
+        for i, column in enumerate(columns)
+    ]
+    assert sum(widths) + 2 * (len(columns) - 1) + 2 <= room
+    assert len(columns) == (10 if wide else 8)

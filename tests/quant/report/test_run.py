@@ -185,6 +185,14 @@ def test_an_interrupted_run_has_saved_what_it_measured(
     assert len(calls) == 4 + 3
 
 
+def test_the_reference_backend_has_no_lower_precisions(tiny_models: dict[str, Path]) -> None:
+    run = Run(sources(tiny_models, "BF16"), WORDS, "fox.txt", replace(SETTINGS, backend="numpy"))
+    assert [row.precision for row in run.report.rows] == [None]
+    found = Run(sources(tiny_models, "BF16"), WORDS, "fox.txt", replace(QUICK, backend="numpy")).run()
+    assert found.rows[0].cost
+    assert found.rows[0].cost.runs_on == "numpy"
+
+
 def test_files_of_several_models_have_references_of_their_own(tiny_models: dict[str, Path]) -> None:
     rows = families(sources(tiny_models, "Q4_K_M", "other", "BF16"))
     assert [(row.family, row.reference) for row in rows] == [(0, False), (1, True), (0, True)]
