@@ -19,7 +19,7 @@ def test_a_modelfile_beside_the_file(model: Path, tmp_path: Path) -> None:
     assert 'PARAMETER stop "<start_of_turn>"' in lines
     assert 'PARAMETER stop "<end_of_turn>"' in lines
     assert "PARAMETER temperature 0.3" in lines
-    assert "PARAMETER num_ctx 8192" in lines
+    assert "PARAMETER num_ctx 1024" in lines
     assert "cannot load this architecture yet" in result.stderr
 
 
