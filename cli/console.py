@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from griffin_gguf.quant.wording import clean
+
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["cell", "clean", "complain", "err", "note", "out", "print_json", "size", "table"]
 
 #: Columns to lay tables out for where the output is no terminal: nothing is cut off in a pipe or a file.
 _PIPE_WIDTH = 200
@@ -21,9 +26,11 @@ def out() -> Console:
     return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
-def clean(text: str) -> str:
-    """`text` on one line, with every control character spelled out: names in files are other people's."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def cell(text: str) -> "Text":
+    """`text` for a cell of a table: as it is, where rich would read brackets as markup."""
+    from rich.text import Text
+
+    return Text(clean(text))
 
 
 def note(text: str) -> None:

@@ -6,6 +6,9 @@ from time import monotonic
 
 from griffin_gguf.cli.console import err, note, size
 
+#: Least characters for what is being done; and those that the bar, the counts and the time take.
+_LABEL, _COUNTS = 16, 80
+
 #: (done, total), as the libraries report it.
 Report = Callable[[int, int], None]
 #: (what is being done, done, total), of a job of several steps.
@@ -34,10 +37,13 @@ def progress_of_steps(label: str, *, unit: str = "bytes") -> Iterator[Tell]:
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     counts: ProgressColumn = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
     unit_column = () if unit == "bytes" else (TextColumn(unit),)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), counts, *unit_column, TimeRemainingColumn())
+    label_column = Column(max_width=max(_LABEL, err.width - _COUNTS), no_wrap=True, overflow="ellipsis")
+    described = TextColumn("{task.description}", markup=False, table_column=label_column)
+    columns = (described, BarColumn(), counts, *unit_column, TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from griffin_gguf.cli.console import clean, note, out, table
+from griffin_gguf.cli.console import cell, clean, note, out, table
 from griffin_gguf.cli.progress import progress_of_steps
 from griffin_gguf.cli.text import write_text
 
@@ -56,13 +56,20 @@ def measure_report(
 def write_report(report: "Report", folder: Path) -> list[Path]:
     """The page, the Markdown and the plots, beside the measurements; all that lies there then."""
     from griffin_gguf.quant.report.page import to_html, to_markdown
-    from griffin_gguf.quant.report.plots import draw
+    from griffin_gguf.quant.report.plots import PLOTS, draw
+    from griffin_gguf.runtime.errors import GriffinError
 
-    with TemporaryDirectory(prefix=".plots-", dir=folder) as work:
-        plots = draw(report, Path(work))
-        drawn = sorted(Path(work).iterdir())
-        for path in drawn:
-            path.replace(folder / path.name)
+    try:
+        with TemporaryDirectory(prefix=".plots-", dir=folder) as work:
+            plots = draw(report, Path(work))
+            drawn = sorted(Path(work).iterdir())
+            for path in drawn:
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise GriffinError(f"{folder}: plots cannot be written: {error.strerror}") from error
+    for name in PLOTS.keys() - plots.keys():  # of an earlier report that had more to show
+        for end in ("svg", "png"):
+            (folder / f"{name}.{end}").unlink(missing_ok=True)
     memory = report.machine.memory
     write_text(folder / "report.md", to_markdown(report, memory))
     write_text(folder / "report.html", to_html(report, plots, memory))
@@ -81,7 +88,7 @@ def show_report(report: "Report") -> None:
     if named:
         lines.columns[0].no_wrap = False
     for row, line in zip(rows, cells(rows, chosen), strict=True):
-        lines.add_row(*[clean(row.name)] * named, *map(clean, line))
+        lines.add_row(*[cell(row.name)] * named, *map(cell, line))
     out().print(lines)
     note(legend(report))
     out().print(clean(sentence(report, report.machine.memory)), markup=False, style="bold")

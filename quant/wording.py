@@ -3,6 +3,11 @@
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+def clean(text: str) -> str:
+    """`text` on one line, with every control character spelled out: names in files are other people's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def size_text(count: float) -> str:
     """Bytes in binary units, three digits as a rule: 512 MiB, 1.75 GiB."""
     power = min(max(int(count).bit_length() - 1, 0) // 10, len(UNITS) - 1)
@@ -16,5 +21,8 @@ def digits(value: float) -> str:
 
 
 def clipped(name: str, length: int = 40) -> str:
-    """A name in at most so many characters."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    """A name in at most so many characters, cut in the middle: its end tells as much as its beginning."""
+    if len(name) <= length:
+        return name
+    tail = length // 2
+    return f"{name[: length - tail - 1]}…{name[-tail:]}"

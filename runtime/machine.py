@@ -1,11 +1,15 @@
 """What the machine offers: how many threads are worth starting; and what we take of it."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from griffin_gguf.runtime.errors import UnsupportedError
+
+#: Where Linux has the limit of a container, as that sees it: control groups of version 2, and of version 1.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 _MOST_THREADS = 512  # ggml's GGML_MAX_N_THREADS: one more ends the process
 
@@ -22,6 +26,15 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or fewer where a container has a limit (Linux)."""
+    limits = [psutil.virtual_memory().total]
+    for path in _CGROUP_LIMITS:
+        if path.exists() and (text := path.read_text().strip()).isdecimal():  # else "max"
+            limits.append(int(text))
+    return min(limits)
 
 
 def compute_threads() -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from griffin_gguf.cli.console import clean, note, out, print_json, size, table
+from griffin_gguf.cli.console import cell, note, out, print_json, size, table
 from griffin_gguf.cli.options import TYPES_HELP, Json, Threads, add_command, parse_size, parse_types
 from griffin_gguf.quant.wording import digits
 
@@ -167,7 +167,7 @@ def _show(hp: "Hyperparameters", found: "list[Estimate]", tokens: int, batch: in
     split = table("RAM of", *parts, right=parts, tight=True)
     for one in found:
         rates = [digits(rate) for rate in (one.decode, one.prefill) if rate is not None]
-        memory, name = one.memory, clean(one.type)
+        memory, name = one.memory, cell(one.type)
         sizes = (_decimal(one.file_size), *map(size, (one.file_size, memory.total, memory.most)))
         lines.add_row(name, f"{one.bits_per_weight:.2f}", *sizes, *rates)
         terms = (memory.weights, memory.states, memory.buffers, memory.logits, memory.vocabulary, memory.program)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from griffin_gguf.cli.console import clean, err, note, out, table
+from griffin_gguf.cli.console import cell, clean, err, note, out, table
 from griffin_gguf.cli.options import Backend, Json, Model, Threads, add_command, parse_backend
 from griffin_gguf.cli.progress import progress
 
@@ -144,8 +144,10 @@ def _show(found: "Evaluation") -> None:
     rows = table("task", "metric", *numbers, right=numbers)
     last = None
     for outcome in found.outcomes:
-        name = "" if outcome.task == last else "  " * outcome.depth + clean(outcome.task)
-        rows.add_row(name, _metric(outcome), _value(outcome), _count(outcome.shots), _count(outcome.documents))
+        name = "" if outcome.task == last else "  " * outcome.depth + outcome.task
+        rows.add_row(
+            cell(name), cell(_metric(outcome)), _value(outcome), _count(outcome.shots), _count(outcome.documents)
+        )
         last = outcome.task
     out().print(rows)
     saved = f", {found.tokens_asked / found.tokens_read:.1f} times as many without common beginnings"

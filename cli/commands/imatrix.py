@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from griffin_gguf.cli.console import clean, note, out, print_json, table
+from griffin_gguf.cli.console import cell, note, out, print_json, table
 from griffin_gguf.cli.options import Json, Threads, add_command
 from griffin_gguf.cli.progress import progress
 from griffin_gguf.cli.text import read_text
@@ -149,7 +149,7 @@ def _show_statistics(result: "ImportanceMatrix") -> None:
 
     rows = table("weight", *_STATISTICS, right=_STATISTICS)
     for row in statistics(result):
-        rows.add_row(clean(row.name), *_cells(row))
+        rows.add_row(cell(row.name), *_cells(row))
     out().print(rows)
 
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from griffin_gguf.cli import __version__
 from griffin_gguf.cli.commands.convert import new_folder, plan_targets, run
 from griffin_gguf.cli.console import note, out
 from griffin_gguf.cli.options import TYPES_HELP, Backend, Json, Threads, add_command, parse_backend, parse_types
-from griffin_gguf.cli.reporting import measure_report, show_report, workplace, write_report
+from griffin_gguf.cli.reporting import KEPT, measure_report, show_report, workplace, write_report
 from griffin_gguf.cli.text import read_text
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Text that the demo model has not seen: the default to measure on.
 HELD_OUT = Path(__file__).parents[1] / "demo_model" / "heldout.txt"
+
+#: Endings of the files that a checkpoint consists of.
+_PARTS = (".safetensors", ".json", ".model", ".jinja")
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +74,7 @@ def report(
             "-n",
             metavar="N",
             min=16,
-            help="Read so many tokens of the text at most; else ten times what the model was trained on at once.",
+            help="Read so many tokens of the text at most; else ten times what a model was trained on at once, or all.",
             show_default=False,
         ),
     ] = None,
@@ -97,17 +102,18 @@ def report(
     from griffin_gguf.quant.drawing import check_matplotlib
     from griffin_gguf.quant.report.data import Settings
 
+    if tokens is not None and tokens < ctx:
+        raise typer.BadParameter(f"--tokens {tokens}: expected a window of {ctx} (--ctx) at least")
     words, name = read_text(text or HELD_OUT), (text or HELD_OUT).name
     kinds, settings = parse_types(types), Settings(ctx, tokens, quick, parse_backend(backend), threads)
     for source in sources:
         _check(source)
+    _check_before_converting(sources, words, name, ctx, reference)
     if output:
         check_matplotlib()
     with new_folder(output) if output else nullcontext(), workplace(output if _folders(sources) else None) as models:
         files = {
-            file: label
-            for i, source in enumerate(sources)
-            for file, label in _files(source, Path(models), i, kinds, threads).items()
+            file: label for source in sources for file, label in _files(source, Path(models), kinds, threads).items()
         }
         found = measure_report(files, words, name, settings, folder=output, reference=reference)
         written = write_report(found, output) if output else []
@@ -134,24 +140,41 @@ def _check(source: Path) -> None:
         Source.open(source, str(source))
 
 
+def _check_before_converting(sources: Sequence[Path], words: str, name: str, ctx: int, reference: Path | None) -> None:
+    """What would be found out after a conversion only: a token is a byte at least, and a reference is given by path."""
+    from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
+
+    nbytes = len(words.encode())
+    if nbytes + 1 < ctx:  # BOS
+        raise FileFormatError(name, "text", f"has {nbytes} bytes; expected a window of {ctx} tokens at least")
+    if reference is not None and not any(reference.exists() and source.samefile(reference) for source in sources):
+        raise UnsupportedError(f"{reference}: reference: is none of the files to measure")
+
+
 def _folders(sources: Sequence[Path]) -> bool:
     return any(source.is_dir() for source in sources)
 
 
-def _files(source: Path, models: Path, number: int, types: Sequence[str], threads: int | None) -> dict[Path, str]:
+def _files(source: Path, models: Path, types: Sequence[str], threads: int | None) -> dict[Path, str]:
     """The GGUF files to measure and their names: `source` itself, or what a checkpoint converts to.
 
-    A checkpoint that was converted before is not converted again, unless it has changed since.
+    These lie in a folder whose name tells what they were made of: one that was converted before is not converted again.
     """
     if not source.is_dir():
         return {source: str(source)}
-    work = models / str(number) if number else models
+    work = models / f"{source.resolve().name}-{_made_of(source)}"
     work.mkdir(exist_ok=True)
     targets = plan_targets(str(source), work, types)
-    changed = max((path.stat().st_mtime for path in source.iterdir()), default=0.0)
-    missing = [(path, kind) for path, kind in targets if not path.exists() or path.stat().st_mtime <= changed]
+    missing = [(path, kind) for path, kind in targets if not path.exists()]
     if missing:
         run(source, missing, threads=threads)
     else:
         note(f"{work}: {len(targets)} files are there already")
     return {path: f"{source} as {kind}" for path, kind in targets}
+
+
+def _made_of(checkpoint: Path) -> str:
+    """Eight digits that are others for another checkpoint, for one that has changed, and for another version of us."""
+    files = sorted(path for path in checkpoint.iterdir() if path.suffix in _PARTS and path.name != KEPT)
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return sha256(repr((__version__, str(checkpoint.resolve()), stamps)).encode()).hexdigest()[:8]

@@ -17,6 +17,7 @@ SHARE = 0.75
 SIZES = tuple(count << 30 for count in (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128))
 
 _QUARTERS = 4
+_LAGS = 6  # windows
 
 
 def increase(row: Row, over: Row) -> float:
@@ -101,7 +102,10 @@ def sentence(report: Report, memory: int) -> str:
         f"With {size_text(memory)} of memory take {taken.name}: it needs {size_text(taken.cost.memory.needed)}",
     )
     if taken is top:
-        return words + ", and none predicts the text better."
+        least = min(rows, key=_loss)
+        if least is top:
+            return f"{words}, and none predicts the text better."
+        return f"{words}. The others are compared with it; {least.name} predicts the text better."
     words += f", its perplexity is {against(taken, top)}"
     if top.cost:
         words += f", and it writes {taken.cost.decode.median / top.cost.decode.median:.2g} times as fast"
@@ -128,19 +132,27 @@ class Drift:
 def drift(row: Row, ctx: int) -> list[Drift]:
     """Whether errors gather in the state: then the ratio grows from quarter to quarter. Empty without a reference.
 
-    The first window is left out, in which both ways are the same. Standard errors are over windows.
+    The first window is left out, in which both ways are the same.
     """
     if not (row.windows and row.stream and row.windows.halves_kl and row.stream.halves_kl):
         return []
     count = min(len(row.windows.halves_kl), len(row.stream.halves_kl))
     carried, fresh = np.array(row.stream.halves_kl[:count]), np.array(row.windows.halves_kl[:count])
-    parts = [part for part in np.array_split(np.arange(1, count), _QUARTERS) if len(part) > 1]
+    parts = [part for part in np.array_split(np.arange(1, count), _QUARTERS) if len(part) > 1 and fresh[part].any()]
     return [_ratio(part * ctx, carried[part], fresh[part]) for part in parts]
 
 
 def _ratio(starts: np.ndarray, carried: np.ndarray, fresh: np.ndarray) -> Drift:
-    """Of means, with its standard error to first order."""
-    mean = fresh.mean()
+    """Of means, with its standard error to first order.
+
+    Neighbouring windows err alike where a state is carried from one to the next, so covariances up to a few windows
+    apart are counted in, with falling weights (Newey and West, Econometrica 55, 1987).
+    """
+    mean, count = fresh.mean(), len(fresh)
     ratio = carried.mean() / mean
-    error = (carried - ratio * fresh).std(ddof=1) / (mean * len(fresh) ** 0.5)
-    return Drift(int(starts[0]), float(ratio), float(error))
+    rest = carried - ratio * fresh
+    lags = min(_LAGS, count - 1)
+    shared = [2 * (1 - lag / (lags + 1)) * float(rest[lag:] @ rest[:-lag]) for lag in range(1, lags + 1)]
+    own = float(rest @ rest)
+    variance = max(own + sum(shared), own / 2) / (count * (count - 1))
+    return Drift(int(starts[0]), float(ratio), float(variance**0.5 / mean))

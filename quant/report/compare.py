@@ -10,9 +10,10 @@ from griffin_gguf.runtime.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Line:
-    """One measure of a file in both reports. `beyond` says that the change is larger than what a repetition makes.
+    """One measure of a file in both reports, and the second over the first.
 
-    None where nothing is known about that: of sizes every change is a change.
+    `beyond` says that no run of the one was like any of the other: of five runs each of the same thing, that happens in
+    0.8 % by chance, of three in 10 %. None where there are no runs: of sizes every change is a change.
     """
 
     row: str
@@ -20,12 +21,8 @@ class Line:
     unit: str
     first: float
     second: float
+    ratio: float
     beyond: bool | None
-
-    @property
-    def ratio(self) -> float:
-        """The second over the first."""
-        return self.second / self.first if self.first else float("inf")
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def _exact(value: float) -> _Value:
 
 
 def _spread(spread: Spread) -> _Value:
-    return _Value(spread.median, spread.low, spread.high)
+    return _Value(spread.median, spread.least, spread.most)
 
 
 #: Measure, unit, its value in a row; None where it was not measured.
@@ -90,7 +87,9 @@ def _lines(name: str, first: Row, second: Row, same_text: bool) -> Iterator[Line
         if a is None or b is None or (measure in _OF_TEXT and not same_text):
             continue
         measured = a.low < a.high or b.low < b.high
-        yield Line(name, measure, unit, a.value, b.value, a.high < b.low or b.high < a.low if measured else None)
+        ratio = b.value / a.value if a.value else float("inf")
+        beyond = a.high < b.low or b.high < a.low if measured else None
+        yield Line(name, measure, unit, a.value, b.value, ratio, beyond)
 
 
 def _by_name(report: Report) -> dict[str, Row]:
@@ -115,11 +114,29 @@ def _notes(first: Report, second: Report) -> Iterator[str]:
         yield f"windows of {first.settings.ctx} and {second.settings.ctx}: perplexities and KL are left out"
     if first.machine != second.machine:
         yield f"other machines or programs: {_machine(first)}; {_machine(second)}"
-    if first.settings.threads != second.settings.threads:
-        yield f"threads: {first.settings.threads or 'all'} and {second.settings.threads or 'all'}"
+    for what, value in _SETTINGS:
+        one, other = value(first), value(second)
+        if one != other:
+            yield f"{what}: {one} and {other}"
     for which, report in (("first", first), ("second", second)):
         if not report.complete:
             yield f"the {which} report is not finished"
+
+
+def _of_costs(field: str) -> Callable[[Report], str]:
+    return lambda report: ", ".join(sorted({str(getattr(row.cost, field)) for row in report.files if row.cost})) or "?"
+
+
+def _references(report: Report) -> str:
+    return ", ".join(_kind(row) for row in report.files if row.reference)
+
+
+#: What must be the same for figures to be compared.
+_SETTINGS: tuple[tuple[str, Callable[[Report], str]], ...] = (
+    ("threads", _of_costs("threads")),
+    ("run by", _of_costs("runs_on")),
+    ("references, to which KL is taken", _references),
+)
 
 
 def _machine(report: Report) -> str:

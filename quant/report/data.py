@@ -22,11 +22,13 @@ FORMAT, VERSION = "griffin-report", 1
 
 @dataclass(frozen=True)
 class Spread:
-    """Speeds of several runs: median, quartiles, mean and sample standard deviation."""
+    """Speeds of several runs: median, quartiles, range, mean and sample standard deviation."""
 
     median: float
     low: float
     high: float
+    least: float
+    most: float
     mean: float
     sd: float
     runs: int
@@ -35,7 +37,7 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Self:
         """Of at least two."""
         low, median, high = quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, fmean(values), stdev(values), len(values))
+        return cls(median, low, high, min(values), max(values), fmean(values), stdev(values), len(values))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Cost:
 
     key: str
     runs_on: str  # "ggml", "numpy" or "llama.cpp"
+    threads: int
     load: Spread
     memory: Memory
     state: int | None
@@ -196,9 +199,17 @@ class Report:
     text: Text
     settings: Settings
     rows: list[Row] = field(default_factory=list[Row])
+    #: Measured in this folder before, of other files or with other settings: kept for when they are asked for again.
+    other_costs: list[Cost] = field(default_factory=list[Cost])
+    other_qualities: list[Quality] = field(default_factory=list[Quality])
     complete: bool = False
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def measures(self) -> list[Cost | Quality]:
+        """All that has been measured."""
+        return [*(measure for row in self.rows for measure in row.measures), *self.other_costs, *self.other_qualities]
 
     @property
     def files(self) -> list[Row]:

@@ -41,10 +41,16 @@ class Cut:
 
 
 def cut(path: str, text: str, tokens: int, progress: Progress | None = None) -> Cut:
-    """At most so many tokens of the text, as the model at `path` has them, BOS among them."""
+    """At most so many tokens of the text, as the model at `path` has them, BOS among them; whole characters.
+
+    Of a text that is cut inside a character the rest of it is taken too, which may be some tokens more.
+    """
+    raw = text.encode()
     with open_runner(Path(path), threads=1) as runner:
-        ids = runner.encode(text)[:tokens]
-        return Cut(len(ids), sum(len(runner.piece(token)) for token in ids))
+        stop = sum(len(runner.piece(token)) for token in runner.encode(text)[:tokens])
+        while stop < len(raw) and raw[stop] & 0xC0 == 0x80:  # a character's second, third or fourth byte
+            stop += 1
+        return Cut(len(runner.encode(raw[:stop].decode())), min(stop, len(raw)))
 
 
 def measure_cost(
@@ -72,7 +78,7 @@ def measure_cost(
             prefill = run_test(runner, Test(prompt=PROMPT, batch=PROMPT), runs)
             state = runner.new_state()
             by_position = [_decode(runner, state, runs)]
-            memory, state_nbytes, runs_on = watch.memory, runner.state_nbytes, runner.name
+            memory, state_nbytes, runs_on = watch.memory, runner.state_nbytes, (runner.name, runner.threads)
             tokens: list[int] = np.resize(runner.encode(text), max([PROMPT, *positions])).tolist()
             for position in positions:
                 if runner.state_nbytes is None and position > context:
@@ -85,7 +91,7 @@ def measure_cost(
         with open_runner(Path(path), backend=backend, threads=threads, context=room):
             loads.append(perf_counter() - begun)
     return Cost(
-        key, runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill.rates), by_position[0].decode,
+        key, *runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill.rates), by_position[0].decode,
         by_position,
     )  # fmt: skip
 
@@ -118,6 +124,10 @@ def measure_quality(
     room = ctx if way == "windows" else context
     with _open(path, precision, backend, threads, room) as runner:
         ids = runner.encode(text)
+        if len(ids) < ctx:
+            raise UnsupportedError(
+                f"{path}: the text has {len(ids)} of its tokens; expected a window of {ctx} at least"
+            )
         if way == "stream" and runner.state_nbytes is None:
             ids = ids[:context]
         readings = windows(ids, ctx, runner.bos) if way == "windows" else stream(ids)
@@ -139,7 +149,7 @@ def _summary(
 ) -> Quality:
     distance = Divergence.of(found) if found else None
     by_position = bins(scores.at, scores.nll, found.kl if found else None, edges(count)) if way == "stream" else []
-    halves = halves_of(found, count, ctx) if found else None
+    halves = halves_of(found, count, ctx) if found and count >= ctx else None
     return Quality.of(key, scores, nbytes, distance, by_position, halves)
 
 

@@ -20,7 +20,7 @@ from griffin_gguf.quant.report.advice import (
     sentence,
 )
 from griffin_gguf.quant.report.data import Report, Row
-from griffin_gguf.quant.report.table import COLUMNS, DIVERGENCE, cells, labels, legend, markdown, told_by_type
+from griffin_gguf.quant.report.table import COLUMNS, DIVERGENCE, cells, escaped, labels, legend, markdown, told_by_type
 from griffin_gguf.quant.wording import size_text
 
 #: What a plot shows, under it.
@@ -82,10 +82,10 @@ def to_markdown(report: Report, memory: int) -> str:
     headings = ["file", *(column.heading for column in COLUMNS)]
     lines = [[row.name, *line] for row, line in zip(report.files, cells(report.files, COLUMNS), strict=True)]
     parts = [
-        f"# {_title(report)}\n",
-        f"{sentence(report, memory)}\n",
+        f"# {escaped(_title(report))}\n",
+        f"{escaped(sentence(report, memory))}\n",
         markdown(headings, lines, 2),
-        legend(report) + "\n",
+        f"{escaped(legend(report))}\n",
     ]
     if far := _diverging(report):
         headings = ["", *(column.heading for column in DIVERGENCE)]

@@ -16,18 +16,17 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
-
 from griffin_gguf.quant.collect import fingerprint
 from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.quant.process import in_fresh_process
 from griffin_gguf.quant.report.data import VERSION, Cost, Machine, Quality, Report, Row, Settings, Text, short_names
-from griffin_gguf.quant.report.measures import PROMPT, Cut, Way, cut, measure_cost, measure_quality
+from griffin_gguf.quant.report.measures import DECODED, PROMPT, Cut, Way, cut, measure_cost, measure_quality
 from griffin_gguf.runtime.arch import ARCHITECTURE
 from griffin_gguf.runtime.backends.rounded import Precision
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
-from griffin_gguf.runtime.machine import usable_cores
+from griffin_gguf.runtime.machine import compute_threads, usable_cores, usable_memory
+from griffin_gguf.runtime.tuning import stored
 
 #: A text is read to so many times the length that a model was trained on, unless told otherwise.
 LENGTHS = 10
@@ -35,6 +34,9 @@ LENGTHS = 10
 QUICK_TOKENS, QUICK_RUNS, RUNS = 4096, 3, 5
 #: Positions at which decoding is timed, as far as the text is read; in a quick run the first few.
 POSITIONS, QUICK_POSITIONS = tuple(512 * 4**i for i in range(8)), (512,)
+
+#: An answer's token takes about so many times as long as a prompt's.
+_SLOWER = 8
 
 #: (what is measured now, tokens done, tokens in all)
 Tell = Callable[[str, int, int], None]
@@ -47,8 +49,9 @@ class Source:
     path: Path
     name: str
     row: Row  # without family and measurements
-    shapes: str  # digest: files of one model in several types have the same
-    fingerprint: str
+    model: str  # digest of shapes and name: files of one model in several types have the same
+    shapes: str  # digest of shapes alone
+    fingerprint: str  # of the file, and of how it is run here
 
     @classmethod
     def open(cls, path: Path, name: str) -> "Source":
@@ -75,7 +78,15 @@ class Source:
                 weights=sum(info.nbytes for info in file.tensors.values()),
                 file_size=file.size,
             )
-            return cls(path, name, row, _digest(architecture, shapes), fingerprint(file))
+            called = file.metadata.get("general.name")
+            return cls(path, name, row, _digest(shapes, called), _digest(architecture, shapes), _fingerprint(file))
+
+
+def _fingerprint(file: GgufFile) -> str:
+    """Of the content, as far as a look at each tensor tells, of size and time, and of what a Griffin is tuned to."""
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in file.paths]
+    griffin = file.metadata["general.architecture"] == ARCHITECTURE
+    return _digest(fingerprint(file), stamps, asdict(stored(file)[0]) if griffin else None, compute_threads())
 
 
 def _context(file: GgufFile) -> int:
@@ -89,26 +100,29 @@ def _context(file: GgufFile) -> int:
 def families(sources: Sequence[Source], reference: Path | None = None) -> list[Row]:
     """The rows of a report: sources of one model are a family, with the one of most bits a weight as reference.
 
-    `reference` is that of its family instead. Raises `UnsupportedError` for files of one model whose tokenizers
-    differ, and for a `reference` that is none of the sources.
+    One model are files whose tensors have the same shapes and that say the same `general.name`. With a `reference` all
+    files of its shapes are its family. Raises `UnsupportedError` for files of one model whose tokenizers differ, and
+    for a `reference` that is none of the sources.
     """
-    if reference is not None and not any(source.path.samefile(reference) for source in sources):
+    named = next((s for s in sources if reference is not None and s.path.samefile(reference)), None)
+    if reference is not None and named is None:
         raise UnsupportedError(f"{reference}: reference: is none of the files to measure")
     groups: dict[str, list[Source]] = {}
     for source in sources:
-        groups.setdefault(source.shapes, []).append(source)
-    chosen: dict[str, Source] = {}
-    for shapes, group in groups.items():
-        best = max(group, key=lambda s: s.row.bits_per_weight)
-        chosen[shapes] = next((s for s in group if reference and s.path.samefile(reference)), best)
+        same = named is not None and source.shapes == named.shapes
+        groups.setdefault(named.model if named and same else source.model, []).append(source)
+    family: dict[int, tuple[int, Source]] = {}  # by the source's id: its family's number, and the reference there
+    for number, group in enumerate(groups.values()):
+        chosen = named if named in group else max(group, key=lambda s: s.row.bits_per_weight)
         for source in group:
-            if source.row.vocabulary != chosen[shapes].row.vocabulary:
-                problem = f"is another than in {chosen[shapes].path}: files of one model must have one tokenizer"
+            if source.row.vocabulary != chosen.row.vocabulary:
+                problem = f"is another than in {chosen.path}: files of one model must have one tokenizer"
                 raise UnsupportedError(f"{source.path}: tokenizer.ggml.tokens: {problem}")
-    numbers = {shapes: i for i, shapes in enumerate(groups)}
+            family[id(source)] = number, chosen
+    names = short_names([source.name for source in sources])
     return [
-        replace(source.row, name=name, family=numbers[source.shapes], reference=chosen[source.shapes] is source)
-        for source, name in zip(sources, short_names([source.name for source in sources]), strict=True)
+        replace(source.row, name=name, family=family[id(source)][0], reference=family[id(source)][1] is source)
+        for source, name in zip(sources, names, strict=True)
     ]
 
 
@@ -162,7 +176,7 @@ class Run:
         self._rows = rows if settings.quick or settings.backend == "numpy" else with_precisions(rows)
         self._machine = this_machine()
         self.report = Report(_now(), self._machine, self._text, settings, list(self._rows))
-        self._known = {measure.key: measure for row in kept.rows for measure in row.measures} if kept else {}
+        self._known = {measure.key: measure for measure in kept.measures} if kept else {}
         self._steps = [step for i in range(len(self._rows)) for step in self._steps_of(i)]
 
     @property
@@ -181,6 +195,9 @@ class Run:
         Raises what the measurements raise; what was measured before that has been saved.
         """
         missing = [step for step in self._steps if not self._take(step)]
+        self._set_aside()
+        if save:
+            save(self.report)
         total, done = sum(step.work for step in missing), 0
         for number, step in enumerate(missing, 1):
             label = f"[{number}/{len(missing)}] {step.label}"
@@ -201,6 +218,16 @@ class Run:
         if save:
             save(self.report)
         return self.report
+
+    def _set_aside(self) -> None:
+        """Keep what is known and not asked for now."""
+        wanted = {step.key for step in self._steps}
+        others = [measure for key, measure in self._known.items() if key not in wanted]
+        self.report = replace(
+            self.report,
+            other_costs=[measure for measure in others if isinstance(measure, Cost)],
+            other_qualities=[measure for measure in others if isinstance(measure, Quality)],
+        )
 
     def _take(self, step: _Step) -> bool:
         """Use what is known of a step."""
@@ -233,7 +260,8 @@ class Run:
             "path": row.path, "text": self._words, "context": row.context, "positions": positions, "runs": runs,
         }  # fmt: skip
         key = self._key(row, "cost", positions, runs, asdict(self._machine))
-        label, work = f"{row.name}: memory and speed", positions[-1] + (runs + 1) * PROMPT
+        work = positions[-1] + (runs + 1) * (PROMPT + _SLOWER * DECODED * (len(positions) + 1))
+        label = f"{row.name}: memory and speed"
         return _Step(index, "cost", key, label, work, measure_cost, Cost, arguments)
 
     def _quality(self, index: int, way: Way) -> _Step:
@@ -260,7 +288,7 @@ def _most_tokens(rows: Sequence[Row], settings: Settings) -> int:
     if settings.tokens:
         return settings.tokens
     lengths = [row.context for row in rows if row.architecture == ARCHITECTURE] or [row.context for row in rows]
-    return QUICK_TOKENS if settings.quick else LENGTHS * max(lengths)
+    return max(QUICK_TOKENS, settings.ctx) if settings.quick else LENGTHS * max(lengths)
 
 
 def _cut(words: str, name: str, rows: Sequence[Row], tokens: int, ctx: int) -> tuple[str, Text]:
@@ -271,9 +299,8 @@ def _cut(words: str, name: str, rows: Sequence[Row], tokens: int, ctx: int) -> t
     found = cut(**arguments) if row.architecture == ARCHITECTURE else in_fresh_process(cut, Cut, row.path, arguments)
     if found.tokens < ctx:
         raise FileFormatError(name, "text", f"has {found.tokens} tokens; expected a window of {ctx} at least")
-    whole = words.encode()[: found.nbytes].decode(errors="ignore")  # a cut inside a character
-    raw = whole.encode()
-    return whole, Text(name, len(raw), found.tokens, hashlib.sha256(raw).hexdigest())
+    raw = words.encode()[: found.nbytes]
+    return raw.decode(), Text(name, len(raw), found.tokens, hashlib.sha256(raw).hexdigest())
 
 
 def this_machine() -> Machine:
@@ -281,7 +308,7 @@ def this_machine() -> Machine:
     return Machine(
         cpu_name(),
         usable_cores(),
-        psutil.virtual_memory().total,
+        usable_memory(),
         f"{platform.system()} {platform.release()} {platform.machine()}",
         platform.python_version(),
         version("griffin-gguf"),

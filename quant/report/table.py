@@ -1,11 +1,12 @@
 """The table of a report: one list of columns for the terminal, Markdown and the page."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from griffin_gguf.quant.evaluate import Divergence
 from griffin_gguf.quant.report.data import Quality, Report, Row, Spread
-from griffin_gguf.quant.wording import clipped, digits, size_text
+from griffin_gguf.quant.wording import clean, clipped, digits, size_text
 
 #: What stands where nothing was measured, or nothing can be.
 NONE = "—"
@@ -62,7 +63,11 @@ COLUMNS: tuple[Column, ...] = (
         "most memory of its own plus most mapped pages, the weights among them, while it reads and writes",
         lambda r: size_text(r.cost.memory.needed) if r.cost else NONE,
     ),
-    Column("load s", "median time until it is ready", lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE),
+    Column(
+        "load s",
+        "median time until it is ready, of three in one process",
+        lambda r: f"{r.cost.load.median:.2f}" if r.cost else NONE,
+    ),
     Column(
         "read tok/s",
         "prompt tokens a second, median ± half the distance of the quartiles",
@@ -125,9 +130,19 @@ def told_by_type(rows: Sequence[Row]) -> bool:
 
 
 def labels(rows: Sequence[Row]) -> dict[int, str]:
-    """What a row is called where there is little room, by its `id`: its type where that says which, else its name."""
-    plain = told_by_type(rows)
-    return {id(row): clipped((row.precision or row.type) if plain else row.name, _NAMED) for row in rows}
+    """What a row is called where there is little room, by its `id`: its type where that says which, else its name.
+
+    Names that are too long are cut in the middle; those that are the same then get a number.
+    """
+    if told_by_type(rows):
+        return {id(row): clean(row.precision or row.type) for row in rows}
+    found: dict[int, str] = {}
+    for row in rows:
+        end = f", {row.precision}" if row.precision else ""
+        label = clipped(clean(row.name.removesuffix(end)), _NAMED) + end
+        same = sum(known == label or known.startswith(f"{label} (") for known in found.values())
+        found[id(row)] = f"{label} ({same + 1})" if same else label
+    return found
 
 
 def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
@@ -139,17 +154,25 @@ def legend(report: Report) -> str:
     """What the numbers are, in a line."""
     scored = next((row.windows.tokens for row in report.files if row.windows), 0)
     others = "" if report.one_vocabulary else "; of other vocabularies by their own tokens: compare bits per byte"
-    threads = {None: "all cores", 1: "1 thread"}.get(report.settings.threads, f"{report.settings.threads} threads")
+    counts = sorted({row.cost.threads for row in report.files if row.cost})
+    threads = "1 thread" if counts == [1] else f"{' and '.join(map(str, counts))} threads"
+    trained = next((row.context for row in report.rows if row.reference), 0)
+    far = f", {report.text.tokens / trained:.3g} times the length that the reference was trained on" if trained else ""
     runs_on = ", ".join(sorted({row.cost.runs_on for row in report.files if row.cost}))
     return (
         f"Perplexity over {scored:,} tokens of {report.text.name} in windows of {report.settings.ctx}, the later half "
-        f"of each scored, ± standard error; one pass: all {report.text.tokens:,} tokens with carried state{others}; "
-        f"speeds: median ± half the quartiles' distance ({runs_on}, {threads})."
+        f"of each scored, ± standard error; one pass: all {report.text.tokens:,} tokens with carried state{far}"
+        f"{others}; speeds: median ± half the quartiles' distance ({runs_on}, {threads})."
     )
 
 
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
     """A table whose first `left` columns are text and the others numbers."""
     marks = ["---"] * left + ["---:"] * (len(headings) - left)
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *escaped))
+    safe = [[escaped(cell) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *safe))
+
+
+def escaped(text: str) -> str:
+    """`text` in Markdown as it is: names in files are other people's."""
+    return re.sub(r"([\\|`*\[\]<>&])", r"\\\1", clean(text))

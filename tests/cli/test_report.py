@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from command import done, griffin, refused, start
 from foreign import foreign
+from rewriting import rewritten
 
 from griffin_gguf.quant.report import run
 from griffin_gguf.quant.report.plots import PLOTS
@@ -106,7 +107,7 @@ def test_a_checkpoint_is_converted_first_and_once(checkpoint: Path, tmp_path: Pa
     done(*arguments)
     (row,) = read(folder)["rows"]
     assert (row["type"], row["name"]) == ("Q8_0", f"{checkpoint.name} as Q8_0")
-    model = folder / "models" / f"{checkpoint.name}-Q8_0.gguf"
+    (model,) = (folder / "models").glob(f"*/{checkpoint.name}-Q8_0.gguf")
     before = model.stat().st_mtime_ns
     result = griffin(*arguments)
     assert "1 files are there already" in result.stderr
@@ -122,10 +123,22 @@ def test_a_checkpoint_that_has_changed_is_converted_again(checkpoint: Path, tmp_
     first = read(folder)["rows"][0]["windows"]["perplexity"]
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"attention_window_size": 256', '"attention_window_size": 2'))
-    later = (folder / "models" / "copy-Q8_0.gguf").stat().st_mtime + 10
-    os.utime(config, (later, later))
     done(*arguments)
     assert read(folder)["rows"][0]["windows"]["perplexity"] != first
+
+
+def test_another_checkpoint_of_that_name_is_not_taken_for_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Older than what was converted from the first one."""
+    folder, copies = tmp_path / "out", [tmp_path / which / "ckpt" for which in "ab"]
+    for copy in copies:
+        shutil.copytree(checkpoint, copy)
+    config = copies[1] / "config.json"
+    config.write_text(config.read_text().replace('"attention_window_size": 256', '"attention_window_size": 2'))
+    os.utime(config, (1e9, 1e9))
+    for copy in copies:
+        done("report", copy, "--type", "Q8_0", *FAST, "-o", folder)
+        wanted = json.loads(done("report", copy, "--type", "Q8_0", *FAST, "--json"))["rows"][0]["windows"]["perplexity"]
+        assert read(folder)["rows"][0]["windows"]["perplexity"] == wanted
 
 
 def test_two_checkpoints_of_one_name_are_two_rows(checkpoint: Path, tmp_path: Path) -> None:
@@ -179,8 +192,9 @@ def test_bad_input_is_one_line_before_anything_is_measured(
     assert refused("report", model, tmp_path / "no.gguf").endswith("no.gguf: there is no such file or folder")
     assert refused(*command, "-f", tmp_path / "no.txt").endswith("no.txt: No such file or directory")
     for name, raw, problem in (
-        ("empty.txt", b"", "empty.txt: text: has 1 tokens; expected a window of 32 at least"),
-        ("short.txt", b"A few words.", "tokens; expected a window of 32 at least"),
+        ("empty.txt", b"", "empty.txt: text: has 0 bytes; expected a window of 32 tokens at least"),
+        ("short.txt", b"A few words.", "bytes; expected a window of 32 tokens at least"),
+        ("long-words.txt", b"a truth universally " * 2, "long-words.txt: text: has 7 tokens; expected a window of 32"),
         ("binary.txt", b"GGUF\x00\xff\xfe", "binary.txt: text: is not UTF-8"),
     ):
         (tmp_path / name).write_bytes(raw)
@@ -189,6 +203,8 @@ def test_bad_input_is_one_line_before_anything_is_measured(
     broken.write_bytes(model.read_bytes()[:5000])
     assert "broken.gguf" in refused("report", broken, *FAST)
     assert "none of the files to measure" in refused(*command, "--reference", broken)
+    usage = refused("report", model, "-n", "100", code=2)
+    assert "--tokens 100: expected a window of 512 (--ctx) at least" in usage
     (tmp_path / "taken").write_text("a file")
     assert "taken: File exists" in refused("report", model, *FAST, "-o", tmp_path / "taken")
     assert not folder.exists()
@@ -199,6 +215,18 @@ def test_a_model_that_nothing_runs_is_named(tmp_path: Path) -> None:
     other = _LLAMA.replace(b"llama", b"lxama")
     unknown.write_bytes(unknown.read_bytes().replace(b"llama.", b"lxama.").replace(_LLAMA, other))
     assert "general.architecture" in refused("report", unknown, *FAST)
+
+
+def test_brackets_in_names_are_only_text(model: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("x[bold red]y.gguf", "[.gguf")]
+    for file in files:
+        shutil.copy(model, file)
+    evil = rewritten(model, tmp_path / "evil.gguf", griffin__recipe="[/x] of mine")
+    page = done("report", *files, evil, *FAST, "-o", tmp_path / "out")
+    for text in ("x[bold red]y.gguf", "[.gguf", "[/x] of mine"):
+        assert text in page
+    kept = tmp_path / "out" / "report.json"
+    assert "[/x] of mine" in done("compare", kept, kept)
 
 
 def test_somebody_elses_report_json_is_left_alone(model: Path, tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ WINDOWS = 40  # of 512 tokens
 
 
 def spread(median: float) -> Spread:
-    return Spread(median, 0.98 * median, 1.02 * median, median, 0.02 * median, 5)
+    return Spread(median, 0.98 * median, 1.02 * median, 0.97 * median, 1.03 * median, median, 0.02 * median, 5)
 
 
 def cost(needed: int = 100 * MIB, decode: float = 50.0, key: str = "cost") -> Cost:
     memory = Memory(needed, needed // 4, needed - needed // 4)
     by_position = [At(position, spread(decode)) for position in (0, 512, 2048)]
-    return Cost(key, "ggml", spread(0.2), memory, 1000, 512, spread(8 * decode), spread(decode), by_position)
+    return Cost(key, "ggml", 1, spread(0.2), memory, 1000, 512, spread(8 * decode), spread(decode), by_position)
 
 
 def quality(perplexity: float, kl: float | None = None, *, stream: bool = False, drift: float = 1.0) -> Quality:

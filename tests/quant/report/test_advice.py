@@ -1,6 +1,7 @@
 from dataclasses import replace
 from math import log
 
+import numpy as np
 import pytest
 import reports
 from hypothesis import given
@@ -89,14 +90,50 @@ def test_errors_that_gather_are_told_from_those_that_do_not() -> None:
     assert drift(reports.typical().rows[0], 512) == []
 
 
+def test_a_file_that_equals_its_reference_has_no_drift() -> None:
+    same = reports.row("a", "Q8_0", 8, 38.0, 0.0)
+    assert drift(same, 512) == []
+
+
+def test_only_what_is_true_is_said_of_the_reference() -> None:
+    base, ahead = reports.row("base", "Q5_K_M", 6, 38.0), reports.row("ahead", "BF16", 16, 37.0, 1e-4)
+    base = replace(base, cost=reports.cost(decode=999.0))
+    found = sentence(reports.report(base, ahead), 16 * GIB)
+    assert found.endswith("The others are compared with it; ahead.gguf predicts the text better.")
+
+
+def test_the_error_of_a_ratio_counts_what_neighbouring_windows_share() -> None:
+    """Windows whose error is carried on to the next: the standard error against the spread over many such texts."""
+    rng, ratios, errors, naive = np.random.default_rng(1), [], [], []
+    for _ in range(300):
+        fresh = rng.gamma(4, 1, 4 * 200 + 1)
+        noise = rng.normal(0, 0.3, len(fresh))
+        for i in range(1, len(noise)):
+            noise[i] += 0.6 * noise[i - 1]
+        carried = fresh * (1.2 + noise)
+        row = reports.row("a", "Q8_0", 8, 38.0, 1e-4)
+        assert row.windows
+        assert row.stream
+        row = replace(
+            row,
+            windows=replace(row.windows, halves_kl=fresh.tolist()),
+            stream=replace(row.stream, halves_kl=carried.tolist()),
+        )
+        last = drift(row, 512)[-1]
+        ratios.append(last.ratio)
+        errors.append(last.stderr)
+        rest = (carried - last.ratio * fresh)[-200:]
+        naive.append(rest.std(ddof=1) / (fresh[-200:].mean() * 200**0.5))
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.2)
+    assert np.mean(naive) < 0.7 * np.std(ratios)  # as if windows were independent
+
+
 def test_the_ratio_and_its_error_are_those_of_windows_drawn_anew() -> None:
     """The standard error against the spread over many such texts."""
-    import numpy as np
-
     rng, ratios, errors = np.random.default_rng(0), [], []
     for _ in range(300):
-        fresh = rng.gamma(4, 1, reports.WINDOWS)
-        carried = 1.2 * fresh * rng.gamma(50, 1 / 50, reports.WINDOWS)
+        fresh = rng.gamma(4, 1, 401)
+        carried = 1.2 * fresh * rng.gamma(50, 1 / 50, 401)
         row = reports.row("a", "Q8_0", 8, 38.0, 1e-4)
         assert row.windows
         assert row.stream

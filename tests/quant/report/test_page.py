@@ -109,15 +109,18 @@ def test_names_are_only_text() -> None:
     page = Page(html)
     assert "script" not in page.tags
     assert evil in page.text
-    assert to_markdown(report, GIB).count("\\| y") >= len(report.files)
+    markdown = to_markdown(report, GIB)
+    assert markdown.count("\\| y") >= len(report.files)
+    assert "<script" not in markdown.replace("\\<", "")
 
 
 def test_names_in_plots_are_only_text(tmp_path: Path) -> None:
-    evil = "<b>$\\frac&"
+    evil = "<b>$\\frac&\x01\n"
     rows = [replace(row, type=f"{evil}{i}") for i, row in enumerate(reports.typical().rows)]
     for svg in draw(reports.report(*rows), tmp_path).values():
         assert "<b>" not in svg
-        assert "&lt;b&gt;$\\frac&amp;" in svg
+        assert "&lt;b&gt;$\\frac&amp;\\x01\\n" in svg
+        ElementTree.fromstring(svg)
 
 
 def test_what_was_not_measured_is_a_dash_and_no_plot(tmp_path: Path) -> None:
@@ -145,11 +148,27 @@ def test_rows_of_one_type_go_by_their_names() -> None:
     assert set(labels([one]).values()) == {"Q8_0"}
 
 
+def test_labels_tell_rows_apart_whatever_their_names() -> None:
+    long = "recurrentgemma-2b-it-with-a-long-name"
+    files = [reports.row(f"{long}-{type}", type, 8, 38.0, 0.1) for type in ("Q8_0", "Q4_K_M")]
+    gemma = reports.row("gemma-2b-it-with-a-long-name-Q8_0", "Q8_0", 8, 38.0, family=1)
+    rounded = [replace(files[0], name=f"{files[0].name}, {p}", precision=p) for p in ("h in F16", "h in BF16")]
+    twins = [replace(gemma, name=f"some/long/{folder}/of/mine/model-of-mine.gguf") for folder in ("folder", "f\noder")]
+    found = labels([*files, gemma, *rounded, *twins])
+    assert len(set(found.values())) == 7
+    assert all(len(label) <= 24 + len(", h in BF16") for label in found.values())
+    assert found[id(files[1])].endswith("Q4_K_M.gguf")
+    assert found[id(rounded[1])].endswith(".gguf, h in BF16")
+
+
 def test_the_legend_tells_threads_and_tokens() -> None:
     report = reports.typical()
     assert "(ggml, 1 thread)" in legend(report)
-    assert "all cores" in legend(replace(report, settings=replace(report.settings, threads=None)))
-    assert "all 20,480 tokens" in legend(report)
+    many = [replace(row, cost=row.cost and replace(row.cost, threads=8)) for row in report.rows]
+    assert "(ggml, 8 threads)" in legend(replace(report, rows=many))
+    assert "all 20,480 tokens with carried state, 20 times the length that the reference was trained on" in legend(
+        report
+    )
 
 
 def test_losses_of_several_vocabularies_are_given_per_byte(tmp_path: Path) -> None:

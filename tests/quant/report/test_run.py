@@ -1,5 +1,6 @@
 """A report's run: real measurements of tiny models, each in its own process."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,18 @@ from typing import Any
 import fresh
 import numpy as np
 import pytest
+from foreign import foreign
 from tiny_griffins import CONTEXT, write_tiny
 
 from griffin_gguf.quant import evaluate
 from griffin_gguf.quant.report import run as module
+from griffin_gguf.quant.report.advice import drift
 from griffin_gguf.quant.report.data import Report, Settings
 from griffin_gguf.quant.report.run import Run, Source, families
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.errors import BackendError, FileFormatError, GriffinError, UnsupportedError
+from griffin_gguf.runtime.gguf_file import GgufFile
+from griffin_gguf.runtime.tuning import VARIABLE, Tuning, store
 
 WORDS = "The fox of the river said that nothing under the moon grows for ever. " * 60
 CTX = 32
@@ -159,6 +164,62 @@ def test_a_measurement_depends_on_all_that_it_was_made_of(
     assert run.known == known
 
 
+def test_a_file_that_is_not_the_same_any_more_is_measured_again(
+    tiny_models: dict[str, Path], tmp_path: Path, report: Report
+) -> None:
+    """Bytes in the middle of a tensor, which no look at its beginning would tell."""
+    copy = tmp_path / "tiny-Q4_K_M.gguf"
+    shutil.copy2(tiny_models["Q4_K_M"], copy)
+    before = Source.open(copy, "copy").fingerprint
+    assert before == Source.open(tiny_models["Q4_K_M"], "it").fingerprint
+    raw = bytearray(copy.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    copy.write_bytes(raw)
+    assert Source.open(copy, "copy").fingerprint != before
+
+
+def test_what_suits_the_machine_is_part_of_what_was_measured(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "tuning.json"))
+    with GgufFile.open(tiny_models["Q4_K_M"]) as file:
+        store(file, Tuning(threads=1, chunk=16))
+    run = Run(sources(tiny_models, "Q4_K_M", "BF16"), WORDS, "fox.txt", SETTINGS, kept=report)
+    assert run.known == 9  # not the tuned file's: one cost and two qualities
+
+
+def test_measurements_of_other_settings_are_kept(report: Report, tiny_models: dict[str, Path]) -> None:
+    files = sources(tiny_models, "Q4_K_M", "BF16")
+    saved: list[Report] = []
+    Run(files[1:], WORDS, "fox.txt", QUICK, kept=report).run(save=saved.append)
+    quick = saved[-1]
+    assert len(quick.other_costs) == 2
+    assert len(quick.other_qualities) == 10
+    assert Report.from_json(Path("x"), quick.to_json().encode()) == quick
+    again = Run(files, WORDS, "fox.txt", SETTINGS, kept=quick)
+    assert again.known == again.steps == 12
+
+
+@pytest.mark.parametrize("tokens", range(40, 56))
+def test_a_text_is_cut_between_characters(tiny_models: dict[str, Path], tokens: int) -> None:
+    words = "🦊 in the 河, 🌙 over it. " * 30
+    run = Run(sources(tiny_models, "BF16"), words, "fox.txt", replace(QUICK, tokens=tokens))
+    found = run.report.text
+    assert tokens <= found.tokens <= tokens + 4
+    assert words.encode()[: found.nbytes].decode() in words
+
+
+def test_windows_longer_than_a_model_was_trained_on(tmp_path: Path) -> None:
+    full, half = (foreign(tmp_path / f"{i}.gguf", "llama", half=bool(i), context_length=128) for i in range(2))
+    files = [Source.open(path, path.name) for path in (full, half)]
+    found = Run(files, WORDS, "fox.txt", replace(QUICK, ctx=200, tokens=600)).run()
+    (stream,) = [row.stream for row in found.rows if not row.reference]
+    assert stream
+    assert stream.tokens == 127
+    assert stream.halves_kl is None
+    assert drift(found.rows[1], 200) == []
+
+
 def test_an_interrupted_run_has_saved_what_it_measured(
     tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +259,16 @@ def test_files_of_several_models_have_references_of_their_own(tiny_models: dict[
     assert [(row.family, row.reference) for row in rows] == [(0, False), (1, True), (0, True)]
     chosen = families(sources(tiny_models, "Q4_K_M", "other", "BF16"), tiny_models["Q4_K_M"])
     assert [(row.family, row.reference) for row in chosen] == [(0, True), (1, True), (0, False)]
+
+
+def test_models_of_one_shape_and_two_names_are_two_models(
+    tiny_models: dict[str, Path], tokenizer: dict[str, Any], tmp_path: Path
+) -> None:
+    named = tokenizer | {"general.name": "a fine-tune"}
+    other = Source.open(write_tiny(tmp_path / "tuned.gguf", "Q8_0", named), "tuned.gguf")
+    files = [*sources(tiny_models, "BF16"), other]
+    assert [(row.family, row.reference) for row in families(files)] == [(0, True), (1, True)]
+    assert [(row.family, row.reference) for row in families(files, tiny_models["BF16"])] == [(0, True), (0, False)]
 
 
 def test_a_reference_must_be_among_the_files(tiny_models: dict[str, Path]) -> None:
