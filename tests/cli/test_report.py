@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from command import done, griffin, refused, start
 from foreign import foreign
-from rewriting import rewritten
 
 from griffin_gguf.quant.report import run
 from griffin_gguf.quant.report.plots import PLOTS
@@ -31,7 +30,7 @@ def test_files_side_by_side(models: Path, tmp_path: Path) -> None:
     assert found["complete"]
     assert [(row["type"], row["reference"]) for row in found["rows"]] == [("BF16", True), ("Q2_K", False)]
     assert all(row["windows"]["tokens"] == 60 and row["stream"]["tokens"] == 127 for row in found["rows"])
-    assert all(f" {row['windows']['perplexity']:.3f} ± " in result.stdout for row in found["rows"])
+    assert all(f" {row['windows']['perplexity']:.3f} " in result.stdout for row in found["rows"])
     assert f"{found['rows'][1]['windows']['distance']['top1']:.1%}" in result.stdout
     assert "With " in result.stdout
     assert "BF16.gguf  " not in result.stdout  # the types tell them apart
@@ -194,7 +193,7 @@ def test_bad_input_is_one_line_before_anything_is_measured(
     for name, raw, problem in (
         ("empty.txt", b"", "empty.txt: text: has 0 bytes; expected a window of 32 tokens at least"),
         ("short.txt", b"A few words.", "bytes; expected a window of 32 tokens at least"),
-        ("long-words.txt", b"a truth universally " * 2, "long-words.txt: text: has 7 tokens; expected a window of 32"),
+        ("long-words.txt", b"a truth universally " * 2, "long-words.txt: text: has 14 tokens; expected a window of 32"),
         ("binary.txt", b"GGUF\x00\xff\xfe", "binary.txt: text: is not UTF-8"),
     ):
         (tmp_path / name).write_bytes(raw)
@@ -217,11 +216,15 @@ def test_a_model_that_nothing_runs_is_named(tmp_path: Path) -> None:
     assert "general.architecture" in refused("report", unknown, *FAST)
 
 
-def test_brackets_in_names_are_only_text(model: Path, tmp_path: Path) -> None:
+def test_brackets_in_names_are_only_text(model: Path, models: Path, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("x[bold red]y.gguf", "[.gguf")]
     for file in files:
         shutil.copy(model, file)
-    evil = rewritten(model, tmp_path / "evil.gguf", griffin__recipe="[/x] of mine")
+    mixed = tmp_path / "mixed.gguf"
+    done("quantize", models / "demo_model-BF16.gguf", mixed, "Q8_0", "--tensor-type", "attn_q=Q6_K", "-t", "1")
+    recipe = b"Q8_0, 2 tensors in other types"
+    evil = tmp_path / "evil.gguf"
+    evil.write_bytes(mixed.read_bytes().replace(recipe, b"[/x] of mine".ljust(len(recipe))))
     page = done("report", *files, evil, *FAST, "-o", tmp_path / "out")
     for text in ("x[bold red]y.gguf", "[.gguf", "[/x] of mine"):
         assert text in page
@@ -244,7 +247,7 @@ def test_a_disk_that_is_full_is_an_error_and_what_was_written_stays(
     def full(handle: int) -> None:
         nonlocal calls
         calls += 1
-        if calls > 2:  # a report.json is synced, and then its folder
+        if calls > 4:  # a report.json is synced, and then its folder: the empty one, and that of one measurement
             raise OSError(28, "No space left on device")
         real(handle)
 
