@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from math import log
@@ -44,19 +45,19 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
         with new_figure(_WIDTH, height(report)) as figure:
             drawing(figure, report)
             save(figure, folder, name)
-            found[name] = _inline(figure)
+            found[name] = _inline(figure, name)
     return found
 
 
-def _inline(figure: Figure) -> str:
-    """The SVG with text as text and no background, as a page takes it."""
+def _inline(figure: Figure, name: str) -> str:
+    """The SVG with text as text, no background, and ids that no other plot of the page has."""
     import matplotlib as mpl
 
     target = StringIO()
     with mpl.rc_context({"svg.fonttype": "none"}):
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     svg = target.getvalue()
-    return svg[svg.index("<svg") :]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
 
 
 def colors(report: Report) -> dict[int, str]:

@@ -85,6 +85,9 @@ def test_the_page_needs_no_network_and_follows_the_reader(drawn: tuple[Path, dic
     assert 'name="viewport"' in html
     svg = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert len(re.findall("<svg", svg)) == len(PLOTS)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(set(ids)) == len(ids) > 100
+    assert {link[1:] for link in page.links} | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
     fixed = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
     assert fixed <= {"#000000"}  # matplotlib's own for what has no colour to see
     assert "var(--c0)" in svg
