@@ -63,6 +63,7 @@ class Cost:
     memory: Memory
     state: int | None
     prompt: int  # tokens of the prompt
+    answer: int  # and of an answer: one run
     prefill: Spread
     decode: Spread
     by_position: list[At]

@@ -1,7 +1,8 @@
 """The measurements themselves. Each function is called in a process of its own (`quant.process`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -27,7 +28,8 @@ from griffin_gguf.runtime.tuning import Tuning
 Way = Literal["windows", "stream"]
 
 PROMPT = 512  # tokens that the speed of reading is measured on
-DECODED = 32  # tokens of an answer: one run
+ANSWERS = range(32, 257)  # tokens of an answer: as many as take `_SECONDS`, so that a mishap is not all of a run
+_SECONDS = 0.25
 LOADS = 3
 _FIRST_BIN = 64  # tokens; each bin of a text is half again as long as the one before, or nearly
 
@@ -69,36 +71,47 @@ def measure_cost(
     Speeds are `quant.speed`'s. The text begins again where it ends. A model whose memory grows with the text has room
     up to the last position, or to `context`, what it was trained on, if that is less.
     """
-    room = max(PROMPT, min(max([0, *positions]), context)) + 2 * DECODED
+    room = max(PROMPT, min(max([0, *positions]), context)) + 2 * ANSWERS[-1]
+    opened = partial(open_runner, Path(path), backend=backend, threads=threads, context=room)
     with Watch() as watch:
-        begun = perf_counter()
-        runner = open_runner(Path(path), backend=backend, threads=threads, context=room)
-        loads = [perf_counter() - begun]
+        runner, first = _timed(opened)
         with runner:
             prefill = run_test(runner, Test(prompt=PROMPT, batch=PROMPT), runs)
             state = runner.new_state()
-            by_position = [_decode(runner, state, runs)]
+            rate = run_test(runner, Test(gen=ANSWERS[0]), 1, start=state).mean
+            answer = min(max(int(rate * _SECONDS), ANSWERS[0]), ANSWERS[-1])
+            by_position = [_decode(runner, state, answer, runs)]
             memory, state_nbytes, runs_on = watch.memory, runner.state_nbytes, (runner.name, runner.threads)
             tokens: list[int] = np.resize(runner.encode(text), max([PROMPT, *positions])).tolist()
             for position in positions:
                 if runner.state_nbytes is None and position > context:
                     break
                 runner.forward(tokens[state.position : position], state)
-                by_position.append(_decode(runner, state, runs))
+                by_position.append(_decode(runner, state, answer, runs))
                 progress(position, positions[-1])
-    for _ in range(LOADS - 1):
-        begun = perf_counter()
-        with open_runner(Path(path), backend=backend, threads=threads, context=room):
-            loads.append(perf_counter() - begun)
+    loads, read = Spread.of([first, *_loads(opened)]), Spread.of(prefill.rates)
     return Cost(
-        key, *runs_on, Spread.of(loads), memory, state_nbytes, PROMPT, Spread.of(prefill.rates), by_position[0].decode,
-        by_position,
+        key, *runs_on, loads, memory, state_nbytes, PROMPT, answer, read, by_position[0].decode, by_position
     )  # fmt: skip
 
 
-def _decode(runner: Runner, state: Any, runs: int) -> At:
-    """Answers from where `state` stands, which stays there."""
-    found = run_test(runner, Test(gen=DECODED, depth=state.position), runs, start=state)
+def _timed(opened: Callable[[], Runner]) -> tuple[Runner, float]:
+    """A runner, and the seconds until it was ready."""
+    begun = perf_counter()
+    return opened(), perf_counter() - begun
+
+
+def _loads(opened: Callable[[], Runner]) -> Iterator[float]:
+    """The times of further loads."""
+    for _ in range(LOADS - 1):
+        runner, seconds = _timed(opened)
+        runner.close()
+        yield seconds
+
+
+def _decode(runner: Runner, state: Any, answer: int, runs: int) -> At:
+    """Answers of so many tokens from where `state` stands, which stays there."""
+    found = run_test(runner, Test(gen=answer, depth=state.position), runs, start=state)
     return At(state.position, Spread.of(found.rates))
 
 

@@ -20,7 +20,7 @@ from griffin_gguf.quant.collect import fingerprint
 from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.quant.process import in_fresh_process
 from griffin_gguf.quant.report.data import VERSION, Cost, Machine, Quality, Report, Row, Settings, Text, short_names
-from griffin_gguf.quant.report.measures import DECODED, PROMPT, Cut, Way, cut, measure_cost, measure_quality
+from griffin_gguf.quant.report.measures import ANSWERS, PROMPT, Cut, Way, cut, measure_cost, measure_quality
 from griffin_gguf.runtime.arch import ARCHITECTURE
 from griffin_gguf.runtime.backends.rounded import Precision
 from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
@@ -260,7 +260,7 @@ class Run:
             "path": row.path, "text": self._words, "context": row.context, "positions": positions, "runs": runs,
         }  # fmt: skip
         key = self._key(row, "cost", positions, runs, asdict(self._machine))
-        work = positions[-1] + (runs + 1) * (PROMPT + _SLOWER * DECODED * (len(positions) + 1))
+        work = positions[-1] + (runs + 1) * (PROMPT + _SLOWER * ANSWERS[0] * (len(positions) + 1))
         label = f"{row.name}: memory and speed"
         return _Step(index, "cost", key, label, work, measure_cost, Cost, arguments)
 

@@ -30,7 +30,7 @@ def spread(median: float) -> Spread:
 def cost(needed: int = 100 * MIB, decode: float = 50.0, key: str = "cost") -> Cost:
     memory = Memory(needed, needed // 4, needed - needed // 4)
     by_position = [At(position, spread(decode)) for position in (0, 512, 2048)]
-    return Cost(key, "ggml", 1, spread(0.2), memory, 1000, 512, spread(8 * decode), spread(decode), by_position)
+    return Cost(key, "ggml", 1, spread(0.2), memory, 1000, 512, 32, spread(8 * decode), spread(decode), by_position)
 
 
 def quality(perplexity: float, kl: float | None = None, *, stream: bool = False, drift: float = 1.0) -> Quality:
