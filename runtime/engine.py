@@ -14,9 +14,10 @@ Without `with` or `start` there is no thread: `step` does the work, or whoever i
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,9 +26,11 @@ import psutil
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import BackendError, BusyError, GriffinError, UnsupportedError
-from griffin_gguf.runtime.generate import Answer, Finish
+from griffin_gguf.runtime.generate import Finish, Terms
 from griffin_gguf.runtime.model import Model, Tokens
+from griffin_gguf.runtime.request import Request, Watch
 from griffin_gguf.runtime.sampling import Sampling
+from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.state import State
 
 #: Tokens of prompts that a step takes while answers run: enough to use the weights well, few enough not to be felt.
@@ -37,60 +40,6 @@ _Logits = NDArray[np.float32]  # [V]
 
 #: Requests that may wait for a slot.
 WAITING = 64
-
-
-class Request(Answer):
-    """One answer of an engine: iterate over it, from any thread, for pieces of text as they become certain.
-
-    The iteration ends with the answer; where that failed, it raises why: `error`, a `GriffinError`. The attributes are
-    those of `Answer`. `state` holds what its `unfed` says; it is the one that was given, else the engine's own until
-    the end and None after it.
-    """
-
-    def __init__(
-        self,
-        engine: "Engine",
-        state: State | None,
-        tokens: Sequence[int],
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop_tokens: AbstractSet[int],
-        stop_strings: Sequence[str],
-    ) -> None:
-        super().__init__(engine.model.tokenizer, tokens, sampling, max_tokens, stop_tokens, stop_strings)
-        self.state = state
-        self.error: GriffinError | None = None
-        self._engine = engine
-        self.own_state = state is None
-        self.pieces = deque[str]()
-        self.cancelled = self.done = False
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = self._engine.wait(self)
-        if piece is None:
-            if self.error is not None:
-                raise self.error
-            raise StopIteration
-        return piece
-
-    def cancel(self) -> None:
-        """End after the step now in work; the slot is free then."""
-        self._engine.cancel(self)
-
-    @property
-    def held(self) -> State:
-        """The state while there is one."""
-        assert self.state is not None, "what has a slot has a state"
-        return self.state
-
-    @property
-    def known_logits(self) -> "_Logits":
-        """Those that a given state came with."""
-        assert self.held.logits is not None, "what has nothing to feed has logits"
-        return self.held.logits
 
 
 @dataclass(frozen=True)
@@ -149,6 +98,7 @@ class Engine:
         self._worker: threading.Thread | None = None
         self._closed = False
         self._broken: BackendError | None = None
+        self._refusing: GriffinError | None = None
 
     def submit(
         self,
@@ -165,10 +115,24 @@ class Engine:
         was restored) `tokens` may be empty. Raises `BusyError` where too many wait already, `UnsupportedError` for
         values out of range, a state in use or a closed engine, `BackendError` where the device has failed.
         """
-        if not len(tokens) and (state is None or state.logits is None):
+        terms = Terms(sampling or Sampling(), max_tokens, stop_tokens, stop_strings)
+        return self.ask(tokens, terms, state)
+
+    def ask(
+        self,
+        tokens: Tokens,
+        terms: Terms,
+        state: State | None = None,
+        start: Snapshot | None = None,
+        watch: Watch | None = None,
+    ) -> Request:
+        """`submit` with all that there is to say. Many requests may `start` from one snapshot, which none changes."""
+        assert state is None or start is None, "one text has one beginning"
+        known = state if state is not None else start
+        if not len(tokens) and (known is None or known.logits is None):
             raise UnsupportedError("tokens: expected at least one token to begin with, found none")
         ids = _checked(tokens, self.model.hp.vocab)
-        request = Request(self, state, ids, sampling or Sampling(), max_tokens, stop_tokens, stop_strings)
+        request = Request(self, self.model.tokenizer, ids, terms, state, start, watch)
         with self._changed:
             self._check_alive()
             if state is not None and any(other.state is state for other in (*self._active, *self._waiting)):
@@ -209,6 +173,32 @@ class Engine:
                 self._waiting.remove(request)
                 self._give(request, request.end(Finish.CANCELLED))
             self._changed.notify_all()
+
+    def cancel_all(self) -> None:
+        """End all that have a slot, likewise."""
+        with self._changed:
+            for request in self._active:
+                request.cancelled = True
+
+    def refuse_waiting(self, error: GriffinError) -> None:
+        """Take no more: `ask`, and iterating over those that have no slot yet, raise `error`."""
+        with self._changed:
+            self._refusing = error
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for request in waiting:
+                request.error = error
+                self._give(request, request.end(Finish.CANCELLED))
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._active)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
 
     def wait(self, request: Request) -> str | None:
         """The next piece of an answer as soon as there is one; None after its end."""
@@ -265,6 +255,8 @@ class Engine:
             raise UnsupportedError("engine: is closed")
         if self._broken is not None:
             raise self._broken
+        if self._refusing is not None:
+            raise self._refusing
 
     def _plan(self) -> list[tuple[Request, int]]:
         """Free slots and fill them; then each request that has one with the number of tokens it may feed now."""
@@ -275,7 +267,7 @@ class Engine:
         running = [r for r in self._active if r.tokens]
         prompts = [r for r in self._active if not r.tokens]
         room = min(self.beside, self.model.chunk - len(running)) if running else self.model.chunk
-        shares = fair_shares([len(r.unfed) for r in prompts], room)
+        shares = fair_shares([r.hunger for r in prompts], room)
         fed = {id(r): n for r, n in zip(prompts, shares, strict=True)} | {id(r): 1 for r in running}
         # A text that has its logits needs no token; one that got no share waits.
         return [(r, fed[id(r)]) for r in self._active if fed[id(r)] or not r.unfed]
@@ -283,12 +275,13 @@ class Engine:
     def _admit(self, request: Request) -> None:
         """Give a request a slot, unless nothing is to do for it."""
         self._active.append(request)
+        request.started_ns = perf_counter_ns()
         if request.room == 0:
             self._give(request, request.end(Finish.LENGTH))
             return
         try:
             if request.state is None:
-                request.state = self.model.new_state()
+                request.state, request.start = self.model.new_state(request.start), None
         except GriffinError as error:
             request.error = error
             self._give(request, request.end(Finish.CANCELLED))
@@ -317,6 +310,7 @@ class Engine:
             request.error = logits
             return request.end(Finish.CANCELLED)
         del request.unfed[:fed]
+        request.report()
         if request.unfed:
             return ""
         try:
@@ -324,19 +318,26 @@ class Engine:
         except GriffinError as error:
             request.error = error
             return request.end(Finish.CANCELLED)
-        return piece + request.end(Finish.LENGTH) if request.finish is None and request.room == 0 else piece
+        request.first_ns = request.first_ns or perf_counter_ns()
+        if request.finish is None and request.room == 0:
+            piece += request.end(Finish.LENGTH)
+        if request.finish is not None:
+            request.report()
+        return piece
 
     def _give(self, request: Request, piece: str) -> None:
         """Hand a piece over; after the last, let the slot go."""
         if piece:
             request.pieces.append(piece)
         if request.finish is not None:
-            request.done = True
+            request.done, request.ended_ns = True, perf_counter_ns()
             if request.own_state:
                 request.state = None
             if request in self._active:
                 self._active.remove(request)
         self._changed.notify_all()
+        if request.watch.on_change is not None and (piece or request.done):
+            request.watch.on_change()
 
     def _break(self, error: BaseException) -> None:
         """The states are unknown now: end everything."""

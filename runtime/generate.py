@@ -11,6 +11,7 @@ token sampled (or, after `cancel` during the prompt, the rest of the prompt). A 
 
 from collections.abc import Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from enum import Enum
 from time import perf_counter
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime.logprobs import TokenLogprobs, token_logprobs
 from griffin_gguf.runtime.sampling import Sampling, pick
 from griffin_gguf.runtime.speculate import Speculation
 from griffin_gguf.runtime.state import CHUNK
@@ -46,51 +48,79 @@ class Finish(Enum):
     CANCELLED = "cancelled"  # `cancel` or `close`, or an error out of the model
 
 
+class Constraint(Protocol):
+    """What an answer may say, such as JSON of a schema; of one answer alone, since it knows where that is."""
+
+    def allow(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy of `logits`, f32 [V], with -inf for every token that may not come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on behind `token`, which came next: a stop token perhaps."""
+        ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How the tokens of an answer are chosen, and where it ends. Raises `UnsupportedError` for a value out of range.
+
+    `max_tokens` None sets no limit. A `constraint` belongs to one answer. With `top_logprobs`, log probabilities are
+    noted of each token and of so many of the likeliest. `before` is what the state has read already: the repeat
+    penalty looks back over it, the tokens to be fed, and the answer.
+    """
+
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop_tokens: AbstractSet[int] = frozenset()
+    stop_strings: Sequence[str] = ()
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    before: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_logprobs"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise UnsupportedError(f"{name}: expected at least 0, found {value}")
+        if not all(self.stop_strings):
+            raise UnsupportedError("stop_strings: expected no empty string among them")
+
+
 class Answer:
     """What becomes of the logits of one text, whoever computes them: tokens, pieces of text, an end.
 
     All attributes are right at every moment: `text` is what was given out; `tokens` the answer's ids (without a
-    stop token, but with those of a stop string, which the model has said too); `finish` None until the end;
-    `unfed` and `stop_token` as in this module's head; `prompt_tokens` counts those it began with. Raises
-    `UnsupportedError` for a value out of range.
+    stop token, but with those of a stop string, which the model has said too), and `logprobs` what the model thought
+    of each, where that is asked for; `finish` None until the end; `unfed` and `stop_token` as in this module's head;
+    `prompt_tokens` counts those it began with.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        tokens: Sequence[int],
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop_tokens: AbstractSet[int],
-        stop_strings: Sequence[str],
-    ) -> None:
-        if max_tokens is not None and max_tokens < 0:
-            raise UnsupportedError(f"max_tokens: expected at least 0, found {max_tokens}")
-        if not all(stop_strings):
-            raise UnsupportedError("stop_strings: expected no empty string among them")
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int], terms: Terms) -> None:
         self.text = ""
         self.tokens: list[int] = []
         self.unfed: list[int] = list(tokens)
         self.stop_token: int | None = None
         self.finish: Finish | None = None
         self.prompt_tokens = len(tokens)
-        self._sampling, self._rng = sampling, sampling.generator()
-        self._recent = list(tokens)
-        self._max_tokens, self._stop_tokens = max_tokens, stop_tokens
-        self._decoder, self._held = StreamDecoder(tokenizer), HeldText(stop_strings)
+        self.logprobs: list[TokenLogprobs] = []
+        self._terms, self._rng = terms, terms.sampling.generator()
+        self._recent = [*terms.before, *tokens]
+        self._decoder, self._held = StreamDecoder(tokenizer), HeldText(terms.stop_strings)
 
     @property
     def room(self) -> int | None:
         """Tokens that it may still have; None: no limit."""
-        return None if self._max_tokens is None else self._max_tokens - len(self.tokens)
+        most = self._terms.max_tokens
+        return None if most is None else most - len(self.tokens)
 
     def take(self, logits: NDArray[np.float32]) -> str:
         """Sample a token by `logits`, float32 [V], those after all that was unfed; the text that is certain by it."""
         self.unfed = []
-        token = pick(logits, self._recent, self._sampling, self._rng)
-        if token in self._stop_tokens:
+        token = self._choose(logits)
+        if token in self._terms.stop_tokens:
             self.stop_token = token
             return self.end(Finish.STOP)
+        if self._terms.top_logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, self._terms.top_logprobs))
         self.tokens.append(token)
         self._recent.append(token)
         self.unfed = [token]
@@ -99,6 +129,14 @@ class Answer:
             self.finish = Finish.STOP
         self.text += piece
         return piece
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        constraint = self._terms.constraint
+        allowed = logits if constraint is None else constraint.allow(logits)
+        token = pick(allowed, self._recent, self._terms.sampling, self._rng, self.tokens)
+        if constraint is not None:
+            constraint.accept(token)
+        return token
 
     def end(self, finish: Finish) -> str:
         """Set the reason; the text that was held back for what can no longer come."""
@@ -125,13 +163,10 @@ class Generation(Answer):
         model: LanguageModel,
         state: Any,
         tokens: Sequence[int],
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop_tokens: AbstractSet[int],
-        stop_strings: Sequence[str],
+        terms: Terms,
         speculation: Speculation | None,
     ) -> None:
-        super().__init__(model.tokenizer, tokens, sampling, max_tokens, stop_tokens, stop_strings)
+        super().__init__(model.tokenizer, tokens, terms)
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.drafted = self.accepted = 0
@@ -273,16 +308,20 @@ def generate(
     stop_tokens: AbstractSet[int] = frozenset(),
     stop_strings: Sequence[str] = (),
     speculation: Speculation | None = None,
+    constraint: Constraint | None = None,
+    top_logprobs: int | None = None,
+    before: Sequence[int] = (),
 ) -> Generation:
     """Feed `tokens` to `state`, then sample until a stop; nothing happens before the first piece is asked for.
 
     `tokens` is what the state does not hold yet: at least one token, or none where the state has its last logits, as
-    a restored one does. The repeat penalty looks back over these and the answer. `sampling` None takes the
-    defaults, `max_tokens` None sets no limit. A `speculation` drafts tokens that are verified several at once: it
-    belongs to this state, and has been told all that the state has read. Raises `UnsupportedError` for a value out
-    of range; while iterating, whatever the model or `sampling.pick` raises.
+    a restored one does. `sampling` None takes the defaults; the rest of what decides about the answer is as in
+    `Terms`. A `speculation` drafts tokens that are verified several at once: it belongs to this state, and has been
+    told all that the state has read. Raises `UnsupportedError` for a value out of range; while iterating, whatever
+    the model or `sampling.pick` raises.
     """
     if not tokens and getattr(state, "logits", None) is None:
         raise UnsupportedError("tokens: expected at least one token to begin with, found none")
     chosen = sampling or Sampling()
-    return Generation(model, state, tokens, chosen, max_tokens, stop_tokens, stop_strings, speculation)
+    terms = Terms(chosen, max_tokens, stop_tokens, stop_strings, constraint, top_logprobs, before)
+    return Generation(model, state, tokens, terms, speculation)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime.arch import Hyperparameters
 
-#: What the caller wants of a batch: every token's logits, those of each sequence's last, or the state alone.
-Rows = Literal["every", "last", "none"]
+#: What the caller wants of a batch: every token's logits, those of each sequence's last, what the head is given for the
+#: last in their place, or the state alone.
+Rows = Literal["every", "last", "hidden", "none"]
 
 A = TypeVar("A")
 
@@ -109,7 +110,7 @@ class Ops(Protocol[A]):
 
 
 def forward(ops: Ops[A], hp: Hyperparameters, tokens: Any, rows: Rows) -> A | None:
-    """What `soft_cap` makes logits of: f32 [T, V], [S, V] or None, as `rows` asks. The states have moved on then."""
+    """What `finished` takes: f32 [T, V], [S, V], [S, H] or None, as `rows` asks. The states have moved on then."""
     x = ops.embed(tokens)
     for i, recurrent in enumerate(hp.recurrent):
         block = f"blk.{i}"
@@ -119,9 +120,10 @@ def forward(ops: Ops[A], hp: Hyperparameters, tokens: Any, rows: Rows) -> A | No
         x = ops.add(mlp(ops, block, ops.norm(f"{block}.ffn_norm", x)), x)
     if rows == "none":
         return None
-    if rows == "last":
+    if rows != "every":
         x = ops.last(x)
-    return ops.head(ops.norm("output_norm", x))
+    x = ops.norm("output_norm", x)
+    return x if rows == "hidden" else ops.head(x)
 
 
 def recurrent_block(ops: Ops[A], layer: int, u: A) -> A:
@@ -157,6 +159,11 @@ def soft_cap(hp: Hyperparameters, z: NDArray[np.float32]) -> NDArray[np.float32]
     np.divide(z, cap, out=z)
     np.tanh(z, out=z)
     return np.multiply(z, cap, out=z)
+
+
+def finished(hp: Hyperparameters, z: NDArray[np.float32] | None, rows: Rows) -> NDArray[np.float32] | None:
+    """What a batch gives: `forward`'s values of those `rows`, logits under their cap."""
+    return z if z is None or rows == "hidden" else soft_cap(hp, z)
 
 
 def angles(hp: Hyperparameters, batch: Sequence[Span]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

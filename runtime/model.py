@@ -1,7 +1,7 @@
 """A loaded model: a GGUF, its tokenizer, and a backend that runs it."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from griffin_gguf.runtime.errors import BackendError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.griffin import Rows
 from griffin_gguf.runtime.machine import checked_threads
+from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.state import State
 from griffin_gguf.runtime.tokenizer import Tokenizer
 from griffin_gguf.runtime.tuning import stored
@@ -27,6 +28,9 @@ Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 #: Logits that one pass may compute when every token's are asked for (64 MiB as f32).
 _EVERY_LOGITS = 1 << 24
+
+#: Texts whose vectors are made at once: each takes a state meanwhile.
+_EMBEDDED = 8
 
 
 def load(
@@ -128,8 +132,11 @@ class Model:
         """Tokens of all texts together that one pass over the weights may take; more are fed in several."""
         return self._backend.chunk
 
-    def new_state(self) -> State:
-        """An empty memory, at position 0. Raises `UnsupportedError` where the machine has no room for it."""
+    def new_state(self, snapshot: Snapshot | None = None) -> State:
+        """A memory at position 0, or one that goes on from `snapshot`.
+
+        Raises `UnsupportedError` where the machine has no room for it, and for another model's snapshot.
+        """
         self._check_open()
         needed, available = self._backend.state_nbytes, psutil.virtual_memory().available
         if needed > available:
@@ -137,7 +144,10 @@ class Model:
                 f"{self.path}: {arch.key('attention.sliding_window')}: a state takes {needed:,} bytes, and "
                 f"{available:,} are free"
             )
-        return self._backend.new_state()
+        state = self._backend.new_state()
+        if snapshot is not None:
+            state.resume(snapshot)
+        return state
 
     def buffers_nbytes(self, texts: int) -> int:
         """Bytes at most, beside weights, states and logits, that a pass over a chunk of so many texts takes."""
@@ -160,6 +170,10 @@ class Model:
         state = self.new_state()
         state.restore(path, self.hp.vocab)
         return state
+
+    def load_snapshot(self, path: Path | str) -> Snapshot:
+        """The same as a snapshot, from which any number of states can go on."""
+        return self.load_state(path).snapshot()
 
     def forward(self, tokens: Tokens, state: State, every: bool = False, trace: bool = False) -> NDArray[np.float32]:
         """Read `tokens` (at least one) on top of `state`, which moves on by as many.
@@ -193,38 +207,62 @@ class Model:
                 state.check(len(tokens))
             return self._feed([_Text(i, s) for i, s in zip(ids, given, strict=True)], every, trace)
 
+    def embed(self, batch: Sequence[Tokens]) -> NDArray[np.float32]:
+        """What the model makes of each text: the vector that its head is given after the last token, f32 [n, H].
+
+        Each text, of any length, is read from an empty state, a few at a time; others who wait for the model have
+        their turn meanwhile. Vectors are not of unit length. Raises `UnsupportedError` for an empty text, a token
+        outside the vocabulary or a closed model.
+        """
+        found = np.empty((len(batch), self.hp.hidden), np.float32)
+        for _ in self.embedding(batch, found, self.chunk):
+            pass
+        return found
+
+    def embedding(self, batch: Sequence[Tokens], found: NDArray[np.float32], most: int) -> Generator[None]:
+        """`embed` pass by pass, each of at most `most` tokens in all, for whoever may want to stop between two.
+
+        Vectors are written to `found`, f32 [n, H]: all of them are there at the end.
+        """
+        ids = [self._checked(tokens) for tokens in batch]
+        for start in range(0, len(ids), _EMBEDDED):
+            texts = [_Text(one, self.new_state()) for one in ids[start : start + _EMBEDDED]]
+            for chunks in _passes(texts, min(most, self.chunk)):
+                with self._lock:
+                    self._check_open()
+                    self._run(chunks, "hidden", trace=False)
+                yield
+            for i, text in enumerate(texts, start):
+                found[i] = text.rows[-1][0]
+
     def _feed(self, texts: list["_Text"], every: bool, trace: bool) -> list[NDArray[np.float32]]:
         most = self._backend.chunk
         if every:
             most = max(1, min(most, _EVERY_LOGITS // self.hp.vocab))
-        waiting = [text for text in texts if text.left]
-        while waiting:
-            chunks, room = list[tuple[_Text, NDArray[np.int32]]](), most
-            for text in waiting[:most]:
-                # Room for one token of each text behind it, so that all of them move.
-                ahead = min(len(waiting), most) - len(chunks) - 1
-                chunk = text.tokens[text.read :][: room - ahead]
-                chunks.append((text, chunk))
-                room -= len(chunk)
-            self._run(chunks, every, trace)
-            waiting = [text for text in waiting if text.left]
-        return [np.concatenate(text.logits) if every else text.logits[-1][0] for text in texts]
+        for chunks in _passes(texts, most):
+            self._run(chunks, "every" if every else "last", trace)
+        return [np.concatenate(text.rows) if every else text.rows[-1][0] for text in texts]
 
-    def _run(self, chunks: "list[tuple[_Text, NDArray[np.int32]]]", every: bool, trace: bool) -> None:
-        """Feed one batch that fits and hand out its logits. Only the last batch of a call leaves a trace."""
-        ends = [len(chunk) == text.left for text, chunk in chunks]
-        rows: Rows = "every" if every else "last" if any(ends) else "none"
+    def _run(
+        self,
+        chunks: "list[tuple[_Text, NDArray[np.int32]]]",
+        wanted: Literal["every", "last", "hidden"],
+        trace: bool,
+    ) -> None:
+        """Feed one batch that fits and hand out its rows. Only the last batch of a call leaves a trace."""
+        ends, every = [len(chunk) == text.left for text, chunk in chunks], wanted == "every"
+        rows: Rows = wanted if every or any(ends) else "none"
         traced = trace and all(ends)
-        logits = self._backend.run([(chunk, text.state) for text, chunk in chunks], rows, traced)
+        found = self._backend.run([(chunk, text.state) for text, chunk in chunks], rows, traced)
         at = 0
         for (text, chunk), end in zip(chunks, ends, strict=True):
             size = len(chunk) if every else 1
-            part = None if logits is None else logits[at : at + size]
+            part = None if found is None else found[at : at + size]
             at += size
             last = None
             if part is not None and (every or end):
-                text.logits.append(part)
-                last = part[-1].copy()
+                text.rows.append(part)
+                last = None if wanted == "hidden" else part[-1].copy()
             text.state.move(len(chunk), part if every else None, last, traced)
             text.read += len(chunk)
 
@@ -260,14 +298,29 @@ class Model:
 
 @dataclass
 class _Text:
-    """What one text of a batch still has to read, and the logits it has given."""
+    """What one text of a batch still has to read, and the rows it has given: logits or hidden vectors."""
 
     tokens: NDArray[np.int32]
     state: State
     read: int = 0
-    logits: list[NDArray[np.float32]] = field(default_factory=list[NDArray[np.float32]])
+    rows: list[NDArray[np.float32]] = field(default_factory=list[NDArray[np.float32]])
 
     @property
     def left(self) -> int:
         """Tokens not read yet."""
         return len(self.tokens) - self.read
+
+
+def _passes(texts: Sequence[_Text], most: int) -> Iterator[list[tuple[_Text, NDArray[np.int32]]]]:
+    """What to feed next, at most `most` tokens in all, until all is read; each is read before the next is asked for."""
+    waiting = [text for text in texts if text.left]
+    while waiting:
+        chunks, room = list[tuple[_Text, NDArray[np.int32]]](), most
+        for text in waiting[:most]:
+            # Room for one token of each text behind it, so that all of them move.
+            ahead = min(len(waiting), most) - len(chunks) - 1
+            chunk = text.tokens[text.read :][: room - ahead]
+            chunks.append((text, chunk))
+            room -= len(chunk)
+        yield chunks
+        waiting = [text for text in waiting if text.left]

@@ -1,9 +1,9 @@
 """From logits to the next token: pure functions, in llama.cpp's order.
 
-    repeat penalty -> top-k -> top-p -> min-p -> temperature -> draw
+    repeat penalty -> presence and frequency penalty -> top-k -> top-p -> min-p -> temperature -> draw
 
 so top-p and min-p see the probabilities before the temperature. Temperature 0 takes the largest logit after
-the penalty, of equals the lowest id. Logits are float32 [V]; -inf forbids a token.
+the penalties, of equals the lowest id. Logits are float32 [V]; -inf forbids a token.
 """
 
 import math
@@ -31,6 +31,8 @@ class Sampling:
     repeat_penalty: float = 1.0  # divides positive logits of recent tokens, multiplies negative ones; 1: none
     repeat_last_n: int = 64  # how many tokens are recent; 0: none, -1: all
     seed: int | None = None  # None: another one each time
+    presence_penalty: float = 0.0  # taken from the logit of each token that the answer holds already
+    frequency_penalty: float = 0.0  # the same for every time that it holds it
 
     def __post_init__(self) -> None:
         _expect("temperature", self.temperature, "from 0 to 1000", _number(self.temperature, 0, 1000))
@@ -39,6 +41,8 @@ class Sampling:
         _expect("min_p", self.min_p, "from 0 to 1", _number(self.min_p, 0, 1))
         _expect("repeat_penalty", self.repeat_penalty, "from 0.01 to 100", _number(self.repeat_penalty, 0.01, 100))
         _expect("repeat_last_n", self.repeat_last_n, "a whole number of at least -1", _whole(self.repeat_last_n, -1))
+        _expect("presence_penalty", self.presence_penalty, "from -2 to 2", _number(self.presence_penalty, -2, 2))
+        _expect("frequency_penalty", self.frequency_penalty, "from -2 to 2", _number(self.frequency_penalty, -2, 2))
         seeded = self.seed is None or _whole(self.seed, 0)
         _expect("seed", self.seed, "a whole number of at least 0, or none", seeded)
 
@@ -47,14 +51,18 @@ class Sampling:
         return np.random.Generator(np.random.PCG64(self.seed))
 
 
-def pick(logits: Logits, recent: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> int:
+def pick(
+    logits: Logits, recent: Sequence[int], sampling: Sampling, rng: np.random.Generator, answer: Sequence[int] = ()
+) -> int:
     """The id of the next token.
 
-    `logits` float32 [V], not changed; `recent` all tokens so far, latest last (`repeat_last_n` of them count).
-    Raises `GriffinError` for logits no token can be chosen by: NaN, +inf, or -inf throughout.
+    `logits` float32 [V], not changed; `recent` all tokens so far, latest last (`repeat_last_n` of them count); `answer`
+    those of the answer alone. Raises `GriffinError` for logits no token can be chosen by: NaN, +inf, or -inf
+    throughout.
     """
     _check(logits)
     logits = penalize(logits, _last(recent, sampling.repeat_last_n), sampling.repeat_penalty)
+    logits = discourage(logits, answer, sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     ids = top_k(logits, sampling.top_k)
@@ -71,6 +79,19 @@ def penalize(logits: Logits, tokens: Sequence[int], penalty: float) -> Logits:
     changed = logits.copy()
     chosen = changed[ids]
     changed[ids] = np.where(chosen > 0, chosen / np.float32(penalty), chosen * np.float32(penalty))
+    return changed
+
+
+def discourage(logits: Logits, answer: Sequence[int], presence: float, frequency: float) -> Logits:
+    """Logits less `presence` for each token of `answer`, and less `frequency` as often as it is there.
+
+    OpenAI's definition: of the answer's tokens, not the prompt's. A copy if any changes.
+    """
+    if presence == frequency == 0 or not answer:
+        return logits
+    ids, counts = np.unique(np.asarray(answer, dtype=np.intp), return_counts=True)
+    changed = logits.copy()
+    changed[ids] -= (presence + frequency * counts).astype(np.float32)
     return changed
 
 

@@ -21,6 +21,7 @@ from griffin_gguf.runtime import saved_state
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.saved_state import Layout, Saved
+from griffin_gguf.runtime.snapshot import Snapshot
 
 #: Tokens that one pass over the weights may take: longer texts are fed in chunks of this.
 CHUNK = 512
@@ -77,8 +78,8 @@ class State(ABC):
         """An independent state that continues from the same point; without the trace of the last chunk."""
 
     @abstractmethod
-    def read(self) -> dict[str, NDArray[Any]]:
-        """Copies of all arrays by name."""
+    def read(self, rows: int | None = None) -> dict[str, NDArray[Any]]:
+        """Copies of all arrays by name; of rings only the first `rows` rows, at least one, where that is given."""
 
     @abstractmethod
     def write(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -129,21 +130,39 @@ class State(ABC):
         self.position = position
         self.logits = None if every is None else every[position - start - 1]
 
+    def snapshot(self, logits: bool = True) -> Snapshot:
+        """What the state is now, apart from it, with its last logits or without.
+
+        Raises `UnsupportedError` after an interrupted step.
+        """
+        self.check()
+        kept = self.logits.copy() if logits and self.logits is not None else None
+        return Snapshot(self.owner.fingerprint, self.position, self.layout, self.read(self.position), kept)
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Take over what `snapshot` returned, bit by bit. Raises `UnsupportedError` for another model's."""
+        if snapshot.fingerprint != self.owner.fingerprint or snapshot.layout != self.layout:
+            raise UnsupportedError("state: the snapshot is of another model, or of another backend")
+        self._take_over(snapshot.position, snapshot.whole(), snapshot.logits)
+
     def save(self, path: Path | str) -> None:
         """Write everything to a file that `Model.load_state` reads; whole, or not at all.
 
         Raises `GriffinError` naming `path` where it cannot be written, `UnsupportedError` after an interrupted step.
         """
         self.check()
-        arrays = self.read()
-        saved_state.save(path, Saved(self.owner.fingerprint, self.position, arrays, self.logits))
+        saved_state.save(path, Saved(self.owner.fingerprint, self.position, self.read(), self.logits))
 
     def restore(self, path: Path | str, vocab: int) -> None:
         """Take over what `save` wrote; raises `FileFormatError` for anything that does not fit this model."""
         logits = (np.dtype(np.float32), (vocab,))
         saved = saved_state.load(path, self.owner.fingerprint, {**self.layout, saved_state.LOGITS: logits})
-        self.write(saved.arrays)
-        self.position, self.logits = saved.position, saved.logits
+        self._take_over(saved.position, saved.arrays, saved.logits)
+
+    def _take_over(self, position: int, arrays: Mapping[str, NDArray[Any]], logits: NDArray[np.float32] | None) -> None:
+        self.torn = True  # until all of it is there
+        self.write(arrays)
+        self.position, self.logits = position, logits
         self._chunk_start, self._chunk_logits, self.torn = None, None, False
 
 
@@ -186,6 +205,13 @@ def named(layers: list[LayerState[A]]) -> Iterator[tuple[str, A]]:
     for i, layer in enumerate(layers):
         for field in fields(layer):
             yield f"blk.{i}.{field.name}", getattr(layer, field.name)
+
+
+def parts(layers: list[LayerState[A]], rows: int | None, ring: int) -> Iterator[tuple[str, A, int | None]]:
+    """Every array with its name and, of a ring of `ring` rows, how many of them `State.read` copies; None: all."""
+    stop = None if rows is None or rows >= ring else max(rows, 1)
+    for name, array in named(layers):
+        yield name, array, stop if name.endswith((".k", ".v")) else None
 
 
 def kv_type(embedding: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -40,7 +40,7 @@ class Backend(Protocol):
     def run(
         self, batch: Sequence[tuple[NDArray[np.int32], Any]], rows: Rows, trace: bool = False
     ) -> NDArray[np.float32] | None:
-        """Feed a chunk of each text, 1 to CHUNK tokens in all: logits [T, V], [texts, V] or None.
+        """Feed a chunk of each text, 1 to CHUNK tokens in all: logits [T, V], [texts, V], hidden [texts, H] or None.
 
         The arrays of the states change, their `position` does not: they are `torn` until `State.move`. With `trace`
         each can go back. Where nothing could be computed, for want of memory, they are as before.

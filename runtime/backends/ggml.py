@@ -25,7 +25,7 @@ from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.selftest import selftest
 from griffin_gguf.runtime.ggml.split import Devices, open_devices
 from griffin_gguf.runtime.gguf_file import GgufFile
-from griffin_gguf.runtime.griffin import Rows, Span, angles, forward, ring_slots, soft_cap, spans, visible
+from griffin_gguf.runtime.griffin import Rows, Span, angles, finished, forward, ring_slots, spans, visible
 from griffin_gguf.runtime.saved_state import fingerprint
 from griffin_gguf.runtime.state import LayerState, RecurrentState
 from griffin_gguf.runtime.tuning import Tuning
@@ -130,7 +130,7 @@ class GgmlBackend:
         self._graphs.clear()
 
     def run(self, batch: Batch, rows: Rows, trace: bool = False) -> NDArray[np.float32] | None:
-        """Feed a chunk of each text: logits [T, V], [texts, V] or None."""
+        """Feed a chunk of each text: logits [T, V], [texts, V], hidden vectors [texts, H] or None."""
         order = sorted(range(len(batch)), key=lambda i: len(batch[i][0]) > 1)  # single tokens first
         ordered = [batch[i] for i in order]
         with self.memory.lock:
@@ -142,7 +142,7 @@ class GgmlBackend:
             z = graph.run([chunk for chunk, _ in ordered], [state.position for _, state in ordered])
             if trace:
                 self._keep_trace(graph, [state for _, state in ordered])
-        return None if z is None else soft_cap(self.hp, _in_order(z, [len(c) for c, _ in ordered], order, rows))
+        return finished(self.hp, _in_order(z, [len(chunk) for chunk, _ in ordered], order, rows), rows)
 
     def _plan(self, batch: Batch, rows: Rows, trace: bool) -> Plan:
         ring, parts = self.memory.ring, list[Part]()
@@ -217,11 +217,13 @@ def bound_nbytes(values: int, places: int = 1, graphs: int = _GRAPHS) -> int:
     return int(_UNEVEN * values) * places + graphs * _GRAPH_NBYTES
 
 
-def _in_order(z: NDArray[np.float32], counts: list[int], order: list[int], rows: Rows) -> NDArray[np.float32]:
-    """Logits as the caller's batch has its texts."""
-    if order == sorted(order):
+def _in_order(
+    z: NDArray[np.float32] | None, counts: list[int], order: list[int], rows: Rows
+) -> NDArray[np.float32] | None:
+    """Rows as the caller's batch has its texts."""
+    if z is None or order == sorted(order):
         return z
-    if rows == "last":
+    if rows != "every":
         return z[np.argsort(order)]
     pieces = np.split(z, np.cumsum(counts)[:-1])
     return np.concatenate([pieces[order.index(i)] for i in range(len(order))])
@@ -244,15 +246,15 @@ class Graph:
         weights = ground.weights.of(plan.count)
         self.ops = kind(context, weights, hp, ground.memory, plan, tile=tile, attention=ground.tuning.attention)
         self._inputs = self.ops.inputs
-        logits = forward(self.ops, hp, self._inputs.tokens, plan.rows)
-        self._logits = context.output(logits) if isinstance(logits, Tensor) else None
+        rows = forward(self.ops, hp, self._inputs.tokens, plan.rows)
+        self._rows = context.output(rows) if isinstance(rows, Tensor) else None
         lacking = device.unsupported(context)
         if lacking:
             raise BackendError(f"ggml: {device.name} has no operation {lacking} for this model's types")
         place(context)
 
     def run(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> NDArray[np.float32] | None:
-        """Compute on these tokens of the plan's texts, from these positions on; the logits before their cap, if any."""
+        """Compute on these tokens of the plan's texts, from these positions on: the rows that it asks for, uncapped."""
         batch = spans([len(chunk) for chunk in chunks], positions)
         cos, sin = angles(self._hp, batch)
         self._write(self._inputs.tokens, np.concatenate(chunks))
@@ -264,7 +266,7 @@ class Graph:
             self._write(mask, np.where(seen, np.float16(0), np.float16(-np.inf)))
         self._write_constants()
         self._device.run(self._context)
-        return self._device.read(self._logits) if self._logits is not None else None
+        return self._device.read(self._rows) if self._rows is not None else None
 
     def _slots(self, batch: Sequence[Span]) -> NDArray[np.int64]:
         """Rows of all rings behind one another."""

@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from griffin_gguf.runtime import state as states
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.errors import BackendError, UnsupportedError
-from griffin_gguf.runtime.ggml import abi
+from griffin_gguf.runtime.ggml.device import DTYPES
 from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.split import Devices
 from griffin_gguf.runtime.saved_state import Layout
 from griffin_gguf.runtime.state import AttentionState, LayerState, RecurrentState, State
-
-_DTYPES = {abi.F32: np.dtype(np.float32), abi.F16: np.dtype(np.float16)}
 
 
 class Pool:
@@ -82,7 +80,7 @@ class Pool:
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros."""
         for tensor in states.arrays(self.of(slot)):
-            self._device.write(tensor, np.zeros(tensor.shape, _DTYPES[tensor.type]))
+            self._device.write(tensor, np.zeros(tensor.shape, DTYPES[tensor.type]))
 
     def copy(self, source: int, target: int) -> None:
         """Copy a slot, on the device."""
@@ -177,7 +175,7 @@ class GgmlState(State):
 
     @property
     def layout(self) -> Layout:
-        return {name: (_DTYPES[tensor.type], tensor.shape) for name, tensor in states.named(self.layers)}
+        return {name: (DTYPES[tensor.type], tensor.shape) for name, tensor in states.named(self.layers)}
 
     def copy(self) -> "GgmlState":
         self.check()
@@ -186,9 +184,12 @@ class GgmlState(State):
         other.position, other.logits = self.position, self.logits
         return other
 
-    def read(self) -> dict[str, NDArray[Any]]:
+    def read(self, rows: int | None = None) -> dict[str, NDArray[Any]]:
         with self._pool.lock:
-            return {name: self._device.read(tensor) for name, tensor in states.named(self.layers)}
+            return {
+                name: self._device.read(tensor) if stop is None else self._device.read_rows(tensor, 0, stop)
+                for name, tensor, stop in states.parts(self.layers, rows, self._pool.ring)
+            }
 
     def write(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         with self._pool.lock:

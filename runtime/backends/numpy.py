@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from griffin_gguf.runtime import state as states
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.gguf_file import GgufFile, dequantize
-from griffin_gguf.runtime.griffin import Rows, Span, angles, forward, ring_slots, soft_cap, spans, visible
+from griffin_gguf.runtime.griffin import Rows, Span, angles, finished, forward, ring_slots, spans, visible
 from griffin_gguf.runtime.saved_state import Layout, fingerprint
 from griffin_gguf.runtime.state import AttentionState, LayerState, RecurrentState, State
 
@@ -48,8 +48,9 @@ class NumpyState(State):
         other.position, other.logits = self.position, self.logits
         return other
 
-    def read(self) -> dict[str, NDArray[Any]]:
-        return {name: array.copy() for name, array in states.named(self.layers)}
+    def read(self, rows: int | None = None) -> dict[str, NDArray[Any]]:
+        ring = states.ring_rows(self._hp)
+        return {name: array[:stop].copy() for name, array, stop in states.parts(self.layers, rows, ring)}
 
     def write(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, array in states.named(self.layers):
@@ -115,7 +116,7 @@ class NumpyBackend:
             state.torn = True  # until `move`
         for target, value in ops.stores:
             target[...] = value
-        return None if z is None else soft_cap(self._hp, z)
+        return finished(self._hp, z, rows)
 
     def close(self) -> None:
         """Nothing is held beyond the mapped file."""

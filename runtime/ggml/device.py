@@ -17,6 +17,9 @@ from griffin_gguf.runtime.ggml.graph import Context, Tensor
 from griffin_gguf.runtime.ggml.log import capture, last_error
 from griffin_gguf.runtime.machine import compute_threads
 
+#: NumPy's types of the tensors that are read back.
+DTYPES = {abi.F32: np.dtype(np.float32), abi.F16: np.dtype(np.float16)}
+
 
 @contextlib.contextmanager
 def unless_over() -> Generator[None]:
@@ -162,15 +165,14 @@ class Device:
 
     def read(self, tensor: Tensor) -> NDArray[Any]:
         """A copy of an f32 or f16 `tensor`."""
-        out = np.empty(tensor.shape, {abi.F32: np.float32, abi.F16: np.float16}[tensor.type])
+        out = np.empty(tensor.shape, DTYPES[tensor.type])
         self.lib.ggml_backend_tensor_get(tensor.handle, out.ctypes.data, 0, out.nbytes)
         return out
 
-    def read_rows(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
-        """A copy of rows [start, stop) of an f32 `tensor` [T, W]."""
-        assert tensor.type == abi.F32, tensor
+    def read_rows(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
+        """A copy of rows [start, stop) of an f32 or f16 `tensor` [T, W]."""
         assert 0 <= start < stop <= tensor.shape[0], (start, stop, tensor)
-        out = np.empty((stop - start, tensor.shape[1]), np.float32)
+        out = np.empty((stop - start, tensor.shape[1]), DTYPES[tensor.type])
         offset = start * out.itemsize * tensor.shape[1]
         self.lib.ggml_backend_tensor_get(tensor.handle, out.ctypes.data, offset, out.nbytes)
         return out

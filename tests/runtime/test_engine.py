@@ -21,6 +21,7 @@ from griffin_gguf.runtime.engine import Engine, Request, fair_shares
 from griffin_gguf.runtime.errors import BackendError, BusyError, UnsupportedError
 from griffin_gguf.runtime.generate import Finish, generate
 from griffin_gguf.runtime.sampling import Sampling
+from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.state import State
 
 GREEDY = Sampling(temperature=0)
@@ -79,8 +80,8 @@ def door(model: Model, monkeypatch: pytest.MonkeyPatch) -> Door:
             raise seen.error
         return forward_batch(batch, *args, **keys)
 
-    def making() -> State:
-        state = new_state()
+    def making(snapshot: Snapshot | None = None) -> State:
+        state = new_state(snapshot)
         seen.live = [ref for ref in seen.live if ref() is not None] + [weakref.ref(state)]
         seen.most_live = max(seen.most_live, len(seen.live))
         return state

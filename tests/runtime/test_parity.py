@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import SHAPES
-from models import random_model, transformers_logits
+from models import random_model, transformers_hidden, transformers_logits
 
 from griffin_gguf.runtime import load
 from griffin_gguf.runtime.model import BackendName
@@ -56,6 +56,26 @@ def test_a_prompt_longer_than_several_chunks_equals_one_pass(tmp_path: Path, sha
             found = model.forward(tokens, state)
         assert state.position == 1300
         assert np.abs(found - expected).max() <= bar * np.abs(expected).max()
+
+
+#: Tokens of texts that are read together: more texts than are at once, one longer than a chunk, some of one token.
+TOGETHER = (530, 1, 30, 5, 1, 2, 64, 130, 1, 9)
+
+
+@pytest.mark.parametrize("shape", SHAPES | ENDINGS)
+def test_a_texts_vector_is_what_transformers_gives_its_head_after_the_last_token(tmp_path: Path, shape: str) -> None:
+    path = random_model(tmp_path, **(SHAPES | ENDINGS)[shape])
+    random = np.random.default_rng(11)
+    texts = [random.integers(0, 384, count) for count in TOGETHER]
+    expected = transformers_hidden(tmp_path / "checkpoint", texts)
+    for backend, bar in BARS.items():
+        with load(path, backend=backend, threads=1) as model:
+            found, slowly = model.embed(texts), np.empty((3, model.hp.hidden), np.float32)
+            assert len(list(model.embedding(texts[:3], slowly, 100))) == 6  # passes over 561 tokens
+        assert found.dtype == np.float32
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= bar * np.abs(expected).max()
+        assert np.abs(slowly - expected[:3]).max() <= bar * np.abs(expected).max()
 
 
 #: RMS difference as a part of the logits' RMS, some twice what was measured: ggml rounds activations to the

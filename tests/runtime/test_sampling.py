@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
-from griffin_gguf.runtime.sampling import Logits, Sampling, draw, min_p, penalize, pick, softmax, top_k, top_p
+from griffin_gguf.runtime.sampling import (
+    Logits,
+    Sampling,
+    discourage,
+    draw,
+    min_p,
+    penalize,
+    pick,
+    softmax,
+    top_k,
+    top_p,
+)
 
 INF = math.inf
 finite_or_forbidden = st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 1.0, -INF]))
@@ -90,6 +101,41 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits_once() -> N
     assert x.tolist() == [2, -2, 4, -INF, 0]
     assert penalize(x, [], 2.0) is x
     assert penalize(x, [0], 1.0) is x
+
+
+def test_presence_counts_once_and_frequency_every_time() -> None:
+    x = logits(2, -2, 4, -INF, 0)
+    answer = [0, 1, 0, 3, 0]
+    assert discourage(x, answer, 0.5, 0).tolist() == [1.5, -2.5, 4, -INF, 0]
+    assert discourage(x, answer, 0, 0.25).tolist() == [1.25, -2.25, 4, -INF, 0]
+    assert discourage(x, answer, -1, 0.25).tolist() == [2.25, -1.25, 4, -INF, 0]
+    assert x.tolist() == [2, -2, 4, -INF, 0]
+    assert discourage(x, [], 1, 1) is x
+    assert discourage(x, answer, 0, 0) is x
+
+
+@given(
+    x=arrays(np.float32, 8, elements=st.floats(-30, 30, width=32)),
+    answer=st.lists(st.integers(0, 7), max_size=30),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+)
+def test_the_penalties_are_openais_formula(x: Logits, answer: list[int], presence: float, frequency: float) -> None:
+    """As its reference has it: mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence."""
+    found = discourage(x, answer, presence, frequency)
+    for j, mu in enumerate(x.tolist()):
+        count = answer.count(j)
+        assert found[j] == pytest.approx(mu - count * frequency - float(count > 0) * presence, abs=1e-4)
+
+
+def test_they_look_at_the_answer_alone_and_come_after_the_repeat_penalty() -> None:
+    sampling = Sampling(temperature=0, presence_penalty=1)
+    assert pick(logits(5, 4.5, 4), [0, 0, 2], sampling, sampling.generator()) == 0
+    assert pick(logits(5, 4.5, 4), [2, 0], sampling, sampling.generator(), answer=[0]) == 1
+    both = Sampling(temperature=0, repeat_penalty=2, presence_penalty=1)
+    # (4 / 2) - 1 = 1 stays above 0.75; the other order, (4 - 1) / 2 = 1.5, would stay above 1.25 too.
+    assert pick(logits(4, 0.75), [0], both, both.generator(), answer=[0]) == 0
+    assert pick(logits(4, 1.25), [0], both, both.generator(), answer=[0]) == 1
 
 
 @pytest.mark.parametrize(("last_n", "expected"), [(0, 0), (1, 0), (2, 1), (3, 0), (64, 0), (-1, 0)])
@@ -214,6 +260,8 @@ NAN = math.nan
         ("top_p", [0, 0.0, -1, 1.1, NAN, None]),
         ("min_p", [-0.1, 1.1, NAN, "0"]),
         ("repeat_penalty", [0, -1, 0.001, 101, NAN, INF]),
+        ("presence_penalty", [-2.1, 2.1, NAN, "1"]),
+        ("frequency_penalty", [-2.1, 2.1, NAN, True]),
         ("repeat_last_n", [-2, 0.5, NAN]),
         ("seed", [-1, 1.0, "1", True]),
     ],

@@ -26,3 +26,11 @@ def transformers_logits(checkpoint: Path, tokens: Sequence[int] | NDArray[np.int
     model = RecurrentGemmaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.tensor(np.asarray(tokens))[None], use_cache=False).logits[0].numpy()
+
+
+def transformers_hidden(checkpoint: Path, texts: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """What the head is given after the last token of each text, [n, H]: each in one pass of its own."""
+    model = RecurrentGemmaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        passes = [model.model(torch.tensor(text)[None], use_cache=False).last_hidden_state for text in texts]
+    return np.stack([hidden[0, -1].numpy() for hidden in passes])
