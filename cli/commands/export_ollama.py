@@ -21,10 +21,6 @@ from griffin_gguf.cli.options import (
 from griffin_gguf.cli.text import read_text, write_text
 
 _BLOCK = 16 << 20  # bytes copied at a time
-_TODAY = (
-    "Ollama as released cannot load this architecture yet: `ollama create` refuses it, since Ollama's llama.cpp does "
-    "not have RecurrentGemma. An Ollama built with a llama.cpp that has it takes this folder as it is."
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +30,7 @@ def register(app: typer.Typer) -> None:
         "export-ollama",
         export_ollama,
         "griffin export-ollama model.gguf -o ollama-model",
+        "griffin export-ollama model.gguf -o ollama-model --system 'Answer in one sentence.' --license LICENSE",
         "cd ollama-model && ollama create my-griffin -f Modelfile",
     )
 
@@ -47,6 +44,14 @@ def export_ollama(
         Path | None,
         typer.Option("--template", metavar="FILE", help="Ollama's template, in Go's syntax, in place of ours."),
     ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="What every conversation begins with, before its first turn."),
+    ] = None,
+    license_file: Annotated[
+        Path | None,
+        typer.Option("--license", metavar="FILE", help="The licence's text; else what the GGUF says of its licence."),
+    ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the GGUF; else it is a hard link where that works.")
     ] = False,
@@ -57,13 +62,15 @@ def export_ollama(
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
 ) -> None:
-    """Put a GGUF beside a Modelfile for Ollama: template, stops and parameters.
+    """Put a GGUF beside a Modelfile for Ollama: template, stops, parameters, system text and licence.
 
-    Ollama as released does not have this architecture yet, so for now the folder is for builds that do.
+    Ollama as released does not have this architecture yet: the folder is for builds that do. Until then
+    [bold]griffin serve[/bold] speaks Ollama's API. [bold]griffin verify --for ollama[/bold] checks the file by
+    Ollama's rules.
     """
-    from griffin_gguf.cli.modelfile import go_template, modelfile
+    from griffin_gguf.cli.modelfile import TODAY, Modelfile, go_template, license_of
     from griffin_gguf.runtime.chat import ChatTemplate
-    from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+    from griffin_gguf.runtime.errors import UnsupportedError
     from griffin_gguf.runtime.gguf_file import GgufFile
     from griffin_gguf.runtime.sampling import Sampling
 
@@ -75,14 +82,14 @@ def export_ollama(
             )
         context = file.hyperparameters().context
         own = ChatTemplate.from_gguf(path, file.metadata)
-        text, stops = (read_text(template), ()) if template else go_template(own)
-    if any(not c.isprintable() or c in "\"'" for c in path.name):
-        raise GriffinError(f"{path}: file name: has characters that a Modelfile cannot hold; rename the file")
+        turns, stops = (read_text(template), ()) if template else go_template(own)
+        terms = read_text(license_file) if license_file else license_of(path, file.metadata)
+    text = Modelfile(path.name, turns, stops, sampling, context, system, terms).text()
     with new_folder(folder):
         _place(path, folder / path.name, copy)
-        write_text(folder / "Modelfile", modelfile(path.name, text, stops, sampling, context))
+        write_text(folder / "Modelfile", text)
     out().print(f"{folder / 'Modelfile'}\n{folder / path.name}", markup=False, soft_wrap=True)
-    note(_TODAY)
+    note(TODAY)
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:

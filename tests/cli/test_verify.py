@@ -104,3 +104,52 @@ def test_damaged_keys_are_a_line(model: Path, tmp_path: Path) -> None:
     result = griffin("verify", path)
     assert result.exit_code == 1
     assert "recurrentgemma." in result.stdout
+
+
+# ---- for another program
+
+
+def test_a_file_that_ollama_reads_as_it_is_meant(model: Path, models: Path) -> None:
+    for path in (model, models / "demo_model-BF16.gguf"):
+        result = griffin("verify", "--for", "ollama", path)
+        assert result.exit_code == 0
+        (line,) = result.stdout.splitlines()
+        assert line.startswith(f"{path}: sound, and as Ollama reads it: ")
+        assert "Ollama as released cannot load this architecture" in result.stderr
+
+
+def test_what_ollama_would_misread_is_a_line_each(model: Path, tmp_path: Path) -> None:
+    changes = {"general__type": "adapter", "tokenizer__ggml__pre": None, "tokenizer__chat_template": "{{ messages }}"}
+    path = rewritten(model, tmp_path / "m.gguf", **changes)
+    assert done("verify", path)
+    result = griffin("verify", "--for", "ollama", path)
+    assert result.exit_code == 1
+    kind, pre, template, verdict = result.stdout.splitlines()
+    assert kind == f"{path}: general.type: expected STRING 'model', found STRING 'adapter'"
+    assert pre == f"{path}: tokenizer.ggml.pre: expected STRING, found none"
+    assert template.startswith(f"warning: {path}: tokenizer.chat_template: expected Gemma's, found another")
+    assert verdict == f"{path}: sound, but not as Ollama reads it: 2 findings"
+    found = json.loads(griffin("verify", "--for", "ollama", path, "--json").stdout)
+    assert found["sound"]
+    assert found["ollama"] == {"broken": [kind, pre], "warnings": [template.removeprefix("warning: ")]}
+    assert "ollama" not in json.loads(done("verify", path, "--json"))
+
+
+def test_damage_and_rules_are_told_together(model: Path, tmp_path: Path) -> None:
+    path = spoiled(rewritten(model, tmp_path / "r.gguf", general__type=None), tmp_path / "m.gguf")
+    result = griffin("verify", "--for", "ollama", path)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-2:] == [
+        f"{path}: general.type: expected STRING 'model', found none",
+        f"{path}: damaged: 3 findings",
+    ]
+
+
+def test_a_split_file_is_not_for_ollama(model: Path, tmp_path: Path) -> None:
+    result = griffin("verify", "--for", "ollama", split(model, tmp_path, split_max_tensors=60))
+    assert result.exit_code == 1
+    assert "split.count: expected one file, found 3 files; griffin quantize makes them one" in result.stdout
+
+
+def test_another_program_is_not_known(model: Path) -> None:
+    assert "'vllm' is no program known here; choose ollama" in griffin("verify", "--for", "vllm", model).stderr
