@@ -1,32 +1,17 @@
-"""Chat templates: transformers' rendering, hostile templates, stop tokens."""
+"""Chat templates: transformers' rendering, encoding, stop tokens."""
 
-import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import GEMMA, PATH, assistant, user
 from gguf import TokenType
 from transformers.utils.chat_template_utils import render_jinja_template
 from vocabularies import metadata_of, train
 
-from griffin_gguf.runtime import chat
-from griffin_gguf.runtime.chat import ChatTemplate, stop_tokens
+from griffin_gguf.runtime.chat import TEMPLATE_KEY, ChatTemplate, stop_tokens
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError
 from griffin_gguf.runtime.tokenizer import Tokenizer
-
-DEMO = Path(__file__).parents[2] / "cli" / "demo_model" / "tokenizer_config.json"
-GEMMA = json.loads(DEMO.read_text())["chat_template"]
-PATH = Path("model.gguf")
-TEMPLATE_KEY = "tokenizer.chat_template"
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 def chat_template(template: str = GEMMA) -> ChatTemplate:
@@ -144,75 +129,6 @@ def test_a_message_without_role_or_content_is_named(message: Any) -> None:
     for call in (chat_template().render, lambda m: chat_template().encode(tokenizer(), m)):
         with pytest.raises(GriffinError, match=r"^messages\[1\]\.(role|content): expected a string"):
             call([user("a"), message])
-
-
-# Which limit is met first depends on the machine.
-LIMIT = "within a second of processor time|too much memory|does not end"
-
-HOSTILE = {
-    "endless loop": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        LIMIT,
-    ),
-    "exponential macro": (
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-        LIMIT,
-    ),
-    "doubling list": (
-        "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-        LIMIT,
-    ),
-    "slow text": ("{{ lipsum(10000000) }}", LIMIT),
-    "endless recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
-    "deep nesting": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "RecursionError|MemoryError|ended with status"),
-    "100 MB of output": ("{% for i in range(9999) %}{{ 'x' * 10000 }}{% endfor %}", "the text does not end"),
-    "string times number": ("{{ 'x' * 10 ** 10 }}", LIMIT),
-    "width of a format": ("{{ '%1000000000d' % 1 }}", LIMIT),
-    "width of str.format": ("{{ '{:>1000000000}'.format(1) }}", LIMIT),
-    "width of a filter": ("{{ 'a' | center(10 ** 10) }}", LIMIT),
-    "doubling string": (
-        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-        LIMIT,
-    ),
-    "huge power": ("{{ 9 ** (9 ** 9) }}", LIMIT),
-    "huge range": ("{{ range(10 ** 9) | list }}", "Range too big"),
-    "globals": ("{{ lipsum.__globals__['os'].popen('id').read() }}", "SecurityError"),
-    "classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-    "globals by filter": ("{{ (lipsum | attr('__globals__'))['os'] }}", "SecurityError"),
-    "globals by format": ("{{ '{0.__globals__[os]}'.format(lipsum) }}", "SecurityError"),
-    "changing the messages": ("{{ messages.append(1) }}", "SecurityError"),
-    "other files": ("{% include '/etc/hostname' %}", "no loader"),
-    "syntax": ("{% if %}", "TemplateSyntaxError"),
-    "undefined": ("{{ nothing.at.all }}", "UndefinedError: 'nothing' is undefined"),
-}
-
-
-@pytest.mark.parametrize(("template", "problem"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_template_ends_in_one_line_that_names_it(template: str, problem: str) -> None:
-    with pytest.raises(FileFormatError, match=problem) as caught:
-        chat_template(template).render([user("a")])
-    line = str(caught.value)
-    assert line.startswith("model.gguf: tokenizer.chat_template: ")
-    assert line.isprintable()
-    assert len(line) < 500
-
-
-@pytest.mark.parametrize(
-    ("program", "problem"),
-    [
-        ("import time; time.sleep(60)", "did not end within 0.5 s"),
-        ("raise SystemExit('no more')", "rendering ended with status 1: no more"),
-    ],
-)
-def test_a_renderer_that_gives_no_answer(
-    program: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(program)
-    monkeypatch.setattr(chat, "_WORKER", worker)
-    monkeypatch.setattr(chat, "_WALL_SECONDS", 0.5)
-    with pytest.raises(FileFormatError, match=problem):
-        chat_template().render([user("a")])
 
 
 def test_a_refusal_of_many_lines_becomes_one() -> None:
