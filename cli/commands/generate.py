@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
         "griffin generate model.gguf -f prompt.txt --temp 0 > answer.txt",
         "cat notes.txt | griffin generate model.gguf --stop '###'",
         "griffin generate 9b.gguf -f question.txt --draft 2b.gguf",
+        "griffin generate model.gguf --from my-notes -p 'In short,' -n 100",
     )
 
 
@@ -47,6 +48,10 @@ def generate(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to go on from; - reads stdin.")
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read it from a file.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="NAME", help="Begin behind this document, which griffin read has kept."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="End after so many tokens.")
     ] = 256,
@@ -71,22 +76,25 @@ def generate(
     """Go on from a text, streaming the continuation.
 
     Only the continuation goes to stdout, timings to stderr. Text from stdin or a file is taken without its last
-    newline. Memory stays the same however long the text grows.
+    newline. Memory stays the same however long the text grows. With --from the text follows right behind a document, or
+    the document itself is continued where there is none.
     """
-    text = _prompt(prompt, file)
+    text = _prompt(prompt, file, needed=start is None)
     from griffin_gguf.runtime.chat import stop_tokens
+    from griffin_gguf.runtime.documents import find
     from griffin_gguf.runtime.generate import generate as generate_text
     from griffin_gguf.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    document = find(start) if start is not None else None
     with (
         load_model(path, backend, threads, parse_devices(device, layers_on)) as model,
         speculating(model, draft, lookup, backend, threads) as speculation,
     ):
         generation = generate_text(
             model,
-            model.new_state(),
-            model.tokenizer.encode(text),
+            model.new_state(document.snapshot(model) if document else None),
+            model.tokenizer.encode(text, bos=document is None),
             sampling,
             max_tokens,
             stop_tokens(model.file.metadata, model.tokenizer),
@@ -97,14 +105,14 @@ def generate(
         show_timings(generation, model.backend)
 
 
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    """The text, from the one place that was named or else from a pipe."""
+def _prompt(prompt: str | None, file: Path | None, needed: bool) -> str:
+    """The text, from the one place that was named or else from a pipe; empty where there is none and none `needed`."""
     if prompt is not None and file is not None:
         raise typer.BadParameter("--prompt and --file: expected one of the two")
     if file is not None:
         return without_newline(read_text(file))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         return without_newline(read_stdin())
-    if prompt is None:
+    if prompt is None and needed:
         raise typer.BadParameter("no text to go on from: give it by --prompt, by --file or through a pipe")
-    return prompt
+    return prompt or ""
