@@ -1,7 +1,7 @@
 """The command's entry, and the one place where errors become a line and an exit code.
 
 0 done; 1 an error, told in one line; 2 a usage error, likewise; 130 and 143 ended by Ctrl-C and by SIGTERM;
-1 in silence where the reader of a pipe has gone.
+1 in silence where the reader of a pipe has gone. A server that was told to end has done what it was asked: 0.
 """
 
 import os
@@ -28,9 +28,12 @@ from griffin_gguf.cli.commands import (
     imatrix,
     inspect,
     quantize,
+    read,
     recall,
     report,
     rpc_server,
+    serve,
+    states,
     verify,
 )
 from griffin_gguf.cli.console import complain, err, out
@@ -126,6 +129,9 @@ for command in (
     verify,
     generate,
     chat,
+    read,
+    states,
+    serve,
     bench,
     report,
     compare,

@@ -1,11 +1,7 @@
 """`griffin chat`: a conversation in the terminal."""
 
-import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,26 +24,66 @@ from griffin_gguf.cli.options import (
     add_command,
     parse_devices,
 )
-from griffin_gguf.cli.running import load_model, show_timings, speculating, stream
+from griffin_gguf.cli.running import load_model, speculating
+from griffin_gguf.cli.text import read_stdin, without_newline
 
-if TYPE_CHECKING:
-    from griffin_gguf.cli.conversation import Conversation
-    from griffin_gguf.runtime.generate import Generation
+_KEPT = "Conversations"
 
-_HELP = "/clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer, /help says this."
-_COMMAND = re.compile(r"/\w+")
+#: Options that a conversation remembers: those of `Settings`, by the names of this command's parameters.
+_REMEMBERED = (
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed", "max_tokens", "stop",
+)  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add_command(app, "chat", chat, "griffin chat model.gguf", "griffin chat model.gguf --temp 0.3 -n 500")
+    add_command(
+        app,
+        "chat",
+        chat,
+        "griffin chat model.gguf",
+        "griffin chat model.gguf -c",
+        "griffin chat model.gguf --system 'Answer in one sentence.' --temp 0.3 -n 500",
+        "cat notes.txt | griffin chat model.gguf -p 'Summarize this.'",
+    )
 
 
 def chat(
+    context: typer.Context,
     path: Model,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Only this message; text through a pipe goes in front of it."
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A text that the model reads before everything.")
+    ] = None,
+    document: Annotated[
+        str | None,
+        typer.Option("--from", metavar="NAME", help="Begin after this document (griffin read), without reading it."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--continue", "-c", rich_help_panel=_KEPT, help="Go on with the latest one with this model."),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--session", metavar="NAME", rich_help_panel=_KEPT, help="Go on with that one, or begin it where it is new."
+        ),
+    ] = None,
+    no_save: Annotated[
+        bool, typer.Option("--no-save", rich_help_panel=_KEPT, help="Keep nothing on disk, what you type included.")
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="The longest answer, in tokens.")
     ] = 2048,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End an answer before this text. May be given repeatedly."),
+    ] = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
     top_p: TopP = 0.9,
@@ -65,84 +101,72 @@ def chat(
 ) -> None:
     """Talk with a model, by the chat template in its file.
 
-    Each turn, only what is new is processed, however long the conversation. Ctrl-C stops an answer, Ctrl-D or /bye
-    ends the conversation, /clear begins a new one. Through a pipe, every line is a turn. A file without a chat
-    template goes on from what you write instead.
-    """
-    from griffin_gguf.cli.conversation import Conversation
-    from griffin_gguf.runtime.sampling import Sampling
+    Each turn, only what is new is processed, however long the conversation, and memory stays the same. Ctrl-C stops
+    an answer, /undo, /regen and /edit go back without reading anything again, /help lists all commands. A file
+    without a chat template goes on from what you write instead.
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    At a terminal the conversation is kept after every turn, and -c goes on with it at once. Through a pipe every line
+    is a turn, or with -p all of it a document that the one message is about; nothing is kept then, unless --session
+    or -c says so.
+    """
+    _check(resume, name, no_save, document)
+    typed = sys.stdin.isatty() and prompt is None
+    message = None if prompt is None else _message(prompt)
+    given = _given(context)
+    from griffin_gguf.cli.chat import opening, repl, show
+    from griffin_gguf.cli.chat.talk import Talk
+
+    kept = not no_save and (typed or resume or name is not None)
+    wanted = opening.Wanted(resume, name, kept, document, system, given)
     with (
         load_model(path, backend, threads, parse_devices(device, layers_on)) as model,
         speculating(model, draft, lookup, backend, threads) as speculation,
     ):
-        conversation = Conversation(model, sampling, max_tokens, speculation)
-        if conversation.template is None:
-            note(f"{path} has no chat template: what you write is continued, not answered.")
-        if sys.stdin.isatty():
-            note(_HELP)
-        for line in _lines():
-            if _COMMAND.fullmatch(line):
-                _obey(line, conversation)
-                continue
-            with conversation.ask(line) as generation, _stoppable(generation):
-                stream(generation)
-            if not sys.stdout.isatty():
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-            _explain(generation, max_tokens)
-            if timings:
-                show_timings(generation, model.backend)
-
-
-def _obey(command: str, conversation: "Conversation") -> None:
-    """Carry out a line that is one word after a slash; /bye ends `_lines` itself."""
-    if command == "/clear":
-        conversation.clear()
-    else:
-        note(_HELP if command == "/help" else f"{command} is no command. {_HELP}")
-
-
-def _lines() -> Iterator[str]:
-    """What the person writes, until /bye or the end."""
-    typed = sys.stdin.isatty()
-    if typed:
-        with suppress(ImportError):
-            import readline  # noqa: F401  gives `input` line editing and a history
-    while True:
+        conversation = opening.opened(model, wanted, speculation)
+        talk = Talk(
+            model, conversation, speculation, typed=typed, stoppable=message is None, kept=kept, timings=timings
+        )
         try:
-            line = input(">>> " if typed and sys.stdout.isatty() else "").strip()
-        except KeyboardInterrupt:
-            if not typed:
-                raise
-            note(f"\n{_HELP}")
-            continue
-        except EOFError:
-            if typed:
-                note("")
-            return
-        if line == "/bye":
-            return
-        if line:
-            yield line
+            if conversation.template is None:
+                note(f"{path} has no chat template: what you write is continued, not answered.")
+            if message is not None:
+                repl.say(talk, message)
+            elif typed:
+                show.greeting(talk)
+                repl.run(talk, opening.terminal(kept))
+                show.farewell(talk)
+            else:
+                repl.run(talk, repl.piped)
+        finally:
+            talk.conversation.shelf.close()
 
 
-@contextmanager
-def _stoppable(generation: "Generation") -> Iterator[None]:
-    """Let Ctrl-C end the answer and keep what the model has read."""
-    before = signal.signal(signal.SIGINT, lambda *_: generation.cancel())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _check(resume: bool, name: str | None, no_save: bool, document: str | None) -> None:
+    """Refuse options that contradict each other."""
+    for one, other, both in (
+        ("--continue", "--session", resume and name is not None),
+        ("--continue", "--no-save", resume and no_save),
+        ("--session", "--no-save", name is not None and no_save),
+        ("--continue", "--from", resume and document is not None),
+    ):
+        if both:
+            raise typer.BadParameter(f"{one} and {other}: expected one of the two")
 
 
-def _explain(generation: "Generation", max_tokens: int) -> None:
-    """Say why an answer ended where the model did not end it."""
-    from griffin_gguf.runtime.generate import Finish
+def _message(prompt: str) -> str:
+    """What was piped, then the prompt: a memory of fixed size knows best what it has read last."""
+    if sys.stdin.isatty():
+        return prompt
+    piped = without_newline(read_stdin())
+    return f"{piped}\n\n{prompt}" if piped.strip() else prompt
 
-    if generation.finish is Finish.CANCELLED:
-        note("(stopped)")
-    elif generation.finish is Finish.LENGTH:
-        note(f"(cut after {max_tokens} tokens; -n allows more)")
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The remembered options that were given on the command line."""
+    values = {name: context.params[name] for name in _REMEMBERED if _is_given(context, name)}
+    return values | ({"stop": tuple(values["stop"] or ())} if "stop" in values else {})
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -99,7 +99,7 @@ class _Running:
         plain = Ground(self.engine, self.cache, self.stops)
         if document is None:
             return plain
-        root = f"{document.name} {document.created} {document.tokens}"
+        root = f"{document.name} {document.path.name}"  # a reading's file has a name of its own
         if root not in self._documents:
             snapshot = document.snapshot(self.model)
             while len(self._documents) >= _DOCUMENTS:
@@ -349,7 +349,7 @@ def _file_type(number: Any) -> str:
 
 def _with(entry: Entry, document: Document) -> Entry:
     """The same model with a document read."""
-    identity = f"{entry.digest} {document.name} {document.created} {document.tokens}"
+    identity = f"{entry.digest} {document.name} {document.path.name}"
     digest = hashlib.sha256(identity.encode()).hexdigest()
     modified = datetime.fromisoformat(document.created)
     return replace(

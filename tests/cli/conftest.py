@@ -48,4 +48,10 @@ def endless_model(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     types[tokens.index("<end_of_turn>")] = int(TokenType.NORMAL)
     target = tmp_path_factory.mktemp("endless") / "endless.gguf"
     unused = tokens.index("<unused0>")
-    return rewritten(source, target, tokenizer__ggml__eos_token_id=unused, tokenizer__ggml__token_type=types)
+    return rewritten(
+        source,
+        target,
+        tokenizer__ggml__eos_token_id=unused,
+        tokenizer__ggml__eot_token_id=unused,
+        tokenizer__ggml__token_type=types,
+    )

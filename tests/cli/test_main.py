@@ -10,15 +10,16 @@ from griffin_gguf.cli import __version__
 from griffin_gguf.cli.main import Griffin, app
 
 COMMANDS = (
-    "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "bench", "report", "compare",
-    "eval", "recall", "estimate", "export-ollama", "demo", "devices", "rpc-server",
+    "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "read", "states", "serve", "bench",
+    "report", "compare", "eval", "recall", "estimate", "export-ollama", "demo", "devices", "rpc-server",
 )  # fmt: skip
 
 
 def test_help_lists_every_command() -> None:
     page = done("--help")
     assert all(f" {name} " in page for name in COMMANDS)
-    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+    names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert names == set(COMMANDS)
 
 
 @pytest.mark.parametrize("width", ["80", "120"])

@@ -5,12 +5,15 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from command import done
 from safetensors.numpy import save_file
+from serving import serving
 
+from griffin_gguf.runtime import places
 from griffin_gguf.runtime.tuning import VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +42,21 @@ def test_the_examples_run_one_after_the_other(
     text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
     Path("my-text.txt").write_text(text[8000:14000], encoding="utf-8")
     Path("calibration.txt").write_text(text[:8000], encoding="utf-8")
+    Path("notes.txt").write_text(text[:2000], encoding="utf-8")
+    monkeypatch.setenv(places.VARIABLE, str(tmp_path / "data"))
     write_adapter(Path("my-adapter"))
     assert len(EXAMPLES) >= 7
     for line in EXAMPLES:
         _, name, *arguments = shlex.split(line)
-        single = ("-t", "1") if name in ("chat", "generate", "report", "imatrix", "quantize") else ()
+        if name == "serve":  # goes on until it is told to end
+            with serving(*arguments) as url, urlopen(url) as answer:
+                assert answer.read() == b"Ollama is running"
+            continue
+        single = ("-t", "1") if name in ("chat", "generate", "read", "report", "imatrix", "quantize") else ()
         done(name, *arguments, *single, stdin="Hello.\n")
     assert {path.name for path in Path().iterdir()} == {
-        "best.gguf", "calibration.txt", "google", "imatrix.gguf", "mine.gguf", "models", "my-adapter", "my-text.txt",
-        "ollama-model", "report", "small.gguf", "tuning.json",
+        "best.gguf", "calibration.txt", "data", "google", "imatrix.gguf", "mine.gguf", "models", "my-adapter",
+        "my-text.txt", "notes.txt", "ollama-model", "report", "small.gguf", "tuning.json",
     }  # fmt: skip
 
     (code,) = PYTHON

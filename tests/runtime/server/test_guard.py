@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -415,10 +415,12 @@ def test_work_for_a_client_that_left_is_cancelled() -> None:
 def test_a_stream_gives_back_what_it_holds_when_its_client_leaves() -> None:
     async def go() -> None:
         leaving, ended, sent = Client(), list[str](), list[Message]()
+        held = AsyncExitStack()
+        held.callback(ended.append, "given back")
 
-        async def pieces() -> AsyncIterator[str]:
+        async def pieces() -> AsyncIterator[bytes]:
             try:
-                yield "one"
+                yield b"one"
                 await asyncio.Event().wait()
             finally:
                 ended.append("cleaned up")
@@ -430,8 +432,8 @@ def test_a_stream_gives_back_what_it_holds_when_its_client_leaves() -> None:
                 await asyncio.sleep(0)
 
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "headers": []}
-        await Stream(pieces(), "text/plain")(scope, leaving.request.receive, send)
-        assert ended == ["cleaned up"]
+        await Stream(pieces(), "text/plain", held)(scope, leaving.request.receive, send)
+        assert ended == ["cleaned up", "given back"]
         assert [m.get("body") for m in sent] == [None, b"one"]
 
     asyncio.run(go())

@@ -1,0 +1,1 @@
+"""The chat in the terminal: input, commands, output."""
