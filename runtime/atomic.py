@@ -40,6 +40,7 @@ class PartialFile:
     def __init__(self, path: Path, raw: RawIOBase) -> None:
         self._path, self._raw = path, raw
         self.position = 0
+        self.synced = False
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data`."""
@@ -64,23 +65,29 @@ class PartialFile:
         """Wait until everything is on the disk."""
         with _naming(self._path):
             os.fsync(self._raw.fileno())
+        self.synced = True
 
 
 @contextmanager
-def atomic(path: Path) -> Generator[PartialFile]:
+def atomic(path: Path, private: bool = False) -> Generator[PartialFile]:
     """Open a file that takes the name `path` when the block ends well, and vanishes otherwise.
 
-    Whoever wants it to last calls its `sync` before the end. Raises `GriffinError` naming `path`.
+    Whoever wants it to last calls its `sync` before the end. A `private` one only its owner may read, from its first
+    byte on. Raises `GriffinError` naming `path`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with _naming(path):
             raw = temporary.open("xb", buffering=0)
+            if private:
+                temporary.chmod(0o600)
         with raw:
-            yield PartialFile(path, raw)
+            file = PartialFile(path, raw)
+            yield file
         with _naming(path):
             temporary.replace(path)
-            _sync_folder(path.parent)
+            if file.synced:
+                _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):  # where there is none, or no way to have made it
             temporary.unlink()

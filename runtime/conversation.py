@@ -64,8 +64,7 @@ class Shelf:
     def export(self, name: str, target: Path) -> None:
         """Put it into the file `target` too (docs/state.md, mode 0600), where it is kept. Raises `GriffinError`."""
         if (snapshot := self._near.get(name)) is not None:
-            snapshot.save(target)
-            target.chmod(0o600)
+            snapshot.save(target, private=True)
 
     def commit(self, conversation: "Conversation") -> None:
         """The conversation is this now: what it does not need may go."""

@@ -122,8 +122,7 @@ class Place:
     def save(self, state: State) -> str:
         """Write a state to a new file; its name, for what comes next."""
         name = f"{secrets.token_hex(8)}.state"
-        state.save(self.path / name)
-        (self.path / name).chmod(0o600)
+        state.snapshot().save(self.path / name, private=True)
         return name
 
     def keep(self, checkpoint: Checkpoint, before: str | None) -> None:
@@ -217,10 +216,9 @@ def _bounded(file: FileIO) -> bytes:
 
 
 def _write(path: Path, value: Record | Checkpoint) -> None:
-    with atomic(path) as file:
+    with atomic(path, private=True) as file:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
         file.sync()
-    path.chmod(0o600)
 
 
 def _one_line(error: Exception) -> str:

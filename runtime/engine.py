@@ -12,26 +12,28 @@ cost little more than a few.
 Without `with` or `start` there is no thread: `step` does the work, or whoever iterates over a request.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
-from griffin_gguf.runtime.errors import BackendError, BusyError, GriffinError, UnsupportedError
+from griffin_gguf.runtime.engine_memory import Memory
+from griffin_gguf.runtime.errors import BackendError, BusyError, GriffinError, NoRoomError, UnsupportedError
 from griffin_gguf.runtime.generate import Finish, Terms
 from griffin_gguf.runtime.model import Model, Tokens
 from griffin_gguf.runtime.request import Request, Watch
 from griffin_gguf.runtime.sampling import Sampling
 from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.state import State
+
+_log = logging.getLogger("griffin.engine")
 
 #: Tokens of prompts that a step takes while answers run: enough to use the weights well, few enough not to be felt.
 BESIDE = 128
@@ -42,41 +44,13 @@ _Logits = NDArray[np.float32]  # [V]
 WAITING = 64
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What an engine takes at most beside the weights, in bytes; `str` of it is a sentence."""
-
-    slots: int
-    states: int
-    logits: int
-    buffers: int  # of the largest step
-    free: int  # when it was reckoned
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.states + self.logits + self.buffers
-
-    def __str__(self) -> str:
-        answers = "1 answer" if self.slots == 1 else f"{self.slots} answers"
-        parts = f"states {_mib(self.states)}, logits {_mib(self.logits)}, buffers {_mib(self.buffers)}"
-        return f"{answers} at once: at most {_mib(self.total)} beside the weights ({parts}); {_mib(self.free)} are free"
-
-    @classmethod
-    def of(cls, model: Model, slots: int) -> "Memory":
-        """A bound for `model` with so many slots: states have a fixed size, and a step at most `Model.chunk` tokens."""
-        # Of each text a state keeps the last logits; the step's own lie there twice, as computed and as read.
-        logits = 3 * slots * 4 * model.hp.vocab
-        free = psutil.virtual_memory().available
-        return cls(slots, slots * model.state_nbytes, logits, model.buffers_nbytes(slots), free)
-
-
 class Engine:
     """Slots for `slots` answers of `model`, at most `waiting` requests before them; see this module's head.
 
     `beside` is how many tokens of prompts a step takes while answers run; while none does it is the model's chunk. So
     a running answer waits at most for a pass over so many tokens. `memory` is the bound that was reckoned; room for the
-    states is taken at once. Raises `UnsupportedError` for values out of range and where less memory is free.
+    states is taken at once. Raises `UnsupportedError` for values out of range, `NoRoomError` where less memory
+    is free.
 
     The model must not be used elsewhere meanwhile for anything that is traced; all else just waits its turn.
     """
@@ -89,7 +63,7 @@ class Engine:
         self.slots, self.beside, self.waiting = slots, beside, waiting
         self.memory = Memory.of(model, slots)
         if self.memory.total > self.memory.free:
-            raise UnsupportedError(f"{model.path}: no room: {self.memory}")
+            raise NoRoomError(f"{model.path}: no room: {self.memory}")
         model.reserve(slots)
         self._waiting = deque[Request]()
         self._active: list[Request] = []  # in the order in which they came
@@ -150,20 +124,11 @@ class Engine:
         then, and the engine takes no more. What is wrong with one request ends that request alone.
         """
         with self._stepping:
-            with self._changed:
-                shares = self._plan()
-            if not shares:
-                return False
             try:
-                results = self._forward(shares)
-            except BaseException as error:
+                return self._step()
+            except BaseException as error:  # of whatever kind: who waits for an answer must hear of it
                 self._break(error)
                 raise
-            pieces = [self._spoken(r, n, logits) for (r, n), logits in zip(shares, results, strict=True)]
-            with self._changed:
-                for (request, _), piece in zip(shares, pieces, strict=True):
-                    self._give(request, piece)
-            return True
 
     def cancel(self, request: Request) -> None:
         """End `request` after the step now in work."""
@@ -189,6 +154,11 @@ class Engine:
             for request in waiting:
                 request.error = error
                 self._give(request, request.end(Finish.CANCELLED))
+
+    @property
+    def broken(self) -> bool:
+        """Whether the device has failed, so that nothing more can come of this engine."""
+        return self._broken is not None
 
     @property
     def running(self) -> int:
@@ -258,12 +228,22 @@ class Engine:
         if self._refusing is not None:
             raise self._refusing
 
+    def _step(self) -> bool:
+        shares = self._plan()
+        if not shares:
+            return False
+        results = self._forward(shares)
+        pieces = [self._spoken(r, n, logits) for (r, n), logits in zip(shares, results, strict=True)]
+        with self._changed:
+            for (request, _), piece in zip(shares, pieces, strict=True):
+                self._give(request, piece)
+        return True
+
     def _plan(self) -> list[tuple[Request, int]]:
         """Free slots and fill them; then each request that has one with the number of tokens it may feed now."""
-        for request in [r for r in self._active if r.cancelled]:
-            self._give(request, request.end(Finish.CANCELLED))
-        while self._waiting and len(self._active) < self.slots:
-            self._admit(self._waiting.popleft())
+        while admitted := self._admit():
+            for request in admitted:
+                self._begin(request)
         running = [r for r in self._active if r.tokens]
         prompts = [r for r in self._active if not r.tokens]
         room = min(self.beside, self.model.chunk - len(running)) if running else self.model.chunk
@@ -272,19 +252,30 @@ class Engine:
         # A text that has its logits needs no token; one that got no share waits.
         return [(r, fed[id(r)]) for r in self._active if fed[id(r)] or not r.unfed]
 
-    def _admit(self, request: Request) -> None:
-        """Give a request a slot, unless nothing is to do for it."""
-        self._active.append(request)
-        request.started_ns = perf_counter_ns()
+    def _admit(self) -> list[Request]:
+        """End what was cancelled, and give free slots to those who have waited longest: these."""
+        with self._changed:
+            for request in [r for r in self._active if r.cancelled]:
+                self._give(request, request.end(Finish.CANCELLED))
+            admitted = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.slots - len(self._active)))]
+            self._active += admitted
+        for request in admitted:
+            request.started_ns = perf_counter_ns()
+        return admitted
+
+    def _begin(self, request: Request) -> None:
+        """Give a request that has a slot its state, unless nothing is to do for it."""
+        ended = None
         if request.room == 0:
-            self._give(request, request.end(Finish.LENGTH))
-            return
-        try:
-            if request.state is None:
+            ended = Finish.LENGTH
+        elif request.state is None:
+            try:
                 request.state, request.start = self.model.new_state(request.start), None
-        except GriffinError as error:
-            request.error = error
-            self._give(request, request.end(Finish.CANCELLED))
+            except (GriffinError, MemoryError) as error:
+                request.error, ended = _fault(error), Finish.CANCELLED
+        if ended is not None:
+            with self._changed:
+                self._give(request, request.end(ended))
 
     def _forward(self, shares: list[tuple[Request, int]]) -> list[_Logits | GriffinError]:
         """The logits of each, or what is wrong with it."""
@@ -310,14 +301,16 @@ class Engine:
             request.error = logits
             return request.end(Finish.CANCELLED)
         del request.unfed[:fed]
-        request.report()
-        if request.unfed:
-            return ""
         try:
-            piece = request.take(logits)
-        except GriffinError as error:
-            request.error = error
+            request.report()
+            return "" if request.unfed else self._said(request, logits)
+        except Exception as error:  # a constraint's or a watch's: the other answers have no part in it
+            request.error = _fault(error)
             return request.end(Finish.CANCELLED)
+
+    def _said(self, request: Request, logits: _Logits) -> str:
+        """Sample; the text that is certain by that, all of it at the end."""
+        piece = request.take(logits)
         request.first_ns = request.first_ns or perf_counter_ns()
         if request.finish is None and request.room == 0:
             piece += request.end(Finish.LENGTH)
@@ -350,8 +343,11 @@ class Engine:
         requests = (*self._active, *self._waiting)
         self._waiting.clear()
         for request in requests:
-            request.error = error
-            self._give(request, request.end(Finish.CANCELLED))
+            if request.finish is None:
+                request.error = error
+                self._give(request, request.end(Finish.CANCELLED))
+            else:
+                self._give(request, "")
 
 
 def fair_shares(needs: Sequence[int], room: int) -> list[int]:
@@ -369,16 +365,20 @@ def fair_shares(needs: Sequence[int], room: int) -> list[int]:
     return shares
 
 
+def _fault(error: Exception) -> GriffinError:
+    """What the reader of an answer is told went wrong with it."""
+    if isinstance(error, GriffinError):
+        return error
+    _log.error("an answer has failed", exc_info=error)
+    return BackendError(f"engine: {str(error) or type(error).__name__}")
+
+
 def _checked(tokens: Sequence[Any] | NDArray[Any], vocab: int) -> list[int]:
     """The tokens, all of them before the first is fed."""
     for token in tokens:
         if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
             raise UnsupportedError(f"tokens: {token!r} is outside the vocabulary of {vocab}")
     return [int(token) for token in tokens]
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
 
 
 def _expect(field: str, value: int, low: int, high: int | None) -> None:

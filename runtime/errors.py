@@ -27,6 +27,10 @@ class UnsupportedError(GriffinError):
     """A well-formed request or file that asks for something we do not have."""
 
 
+class NoRoomError(UnsupportedError):
+    """Less memory is free than is needed."""
+
+
 class BusyError(GriffinError):
     """A request beyond what may wait: later there is room again."""
 

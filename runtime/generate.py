@@ -9,10 +9,13 @@ token sampled (or, after `cancel` during the prompt, the rest of the prompt). A 
     generation.unfed + [generation.stop_token] + tokens    without a template, where the end should be seen
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
+from sys import maxsize
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -21,10 +24,13 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.logprobs import TokenLogprobs, token_logprobs
-from griffin_gguf.runtime.sampling import Sampling, pick
+from griffin_gguf.runtime.sampling import Ids, Said, Sampling, choose
 from griffin_gguf.runtime.speculate import Speculation
 from griffin_gguf.runtime.state import CHUNK
 from griffin_gguf.runtime.tokenizer import StreamDecoder, Tokenizer
+
+
+_NONE = (np.empty(0, np.intp), np.empty(0, np.int32))  # ids, and how often each is there
 
 
 class LanguageModel(Protocol):
@@ -90,8 +96,8 @@ class Answer:
 
     All attributes are right at every moment: `text` is what was given out; `tokens` the answer's ids (without a
     stop token, but with those of a stop string, which the model has said too), and `logprobs` what the model thought
-    of each, where that is asked for; `finish` None until the end; `unfed` and `stop_token` as in this module's head;
-    `prompt_tokens` counts those it began with.
+    of each, where that is asked for and `take_logprobs` has not taken it; `finish` None until the end; `unfed` and
+    `stop_token` as in this module's head; `prompt_tokens` counts those it began with.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int], terms: Terms) -> None:
@@ -103,7 +109,7 @@ class Answer:
         self.prompt_tokens = len(tokens)
         self.logprobs: list[TokenLogprobs] = []
         self._terms, self._rng = terms, terms.sampling.generator()
-        self._recent = [*terms.before, *tokens]
+        self._history = History(terms.sampling, chain(terms.before, tokens), tokenizer.vocab_size)
         self._decoder, self._held = StreamDecoder(tokenizer), HeldText(terms.stop_strings)
 
     @property
@@ -122,7 +128,7 @@ class Answer:
         if self._terms.top_logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self._terms.top_logprobs))
         self.tokens.append(token)
-        self._recent.append(token)
+        self._history.add(token)
         self.unfed = [token]
         piece, stopped = self._held.push(self._decoder.push(token))
         if stopped:
@@ -133,10 +139,20 @@ class Answer:
     def _choose(self, logits: NDArray[np.float32]) -> int:
         constraint = self._terms.constraint
         allowed = logits if constraint is None else constraint.allow(logits)
-        token = pick(allowed, self._recent, self._terms.sampling, self._rng, self.tokens)
+        token = choose(allowed, self._history.said(), self._terms.sampling, self._rng)
         if constraint is not None:
             constraint.accept(token)
         return token
+
+    def take_logprobs(self) -> list[TokenLogprobs]:
+        """What was noted since the last call, from any thread; it is not kept any longer.
+
+        A token with 20 alternatives takes some 2.5 KB, which a long answer that is passed on need not hold.
+        """
+        count = len(self.logprobs)  # what comes meanwhile stays for the next call
+        taken = self.logprobs[:count]
+        del self.logprobs[:count]
+        return taken
 
     def end(self, finish: Finish) -> str:
         """Set the reason; the text that was held back for what can no longer come."""
@@ -146,6 +162,54 @@ class Answer:
             piece += self._held.flush()
         self.text += piece
         return piece
+
+
+class History:
+    """What the penalties of a `sampling` look at, kept token by token: `said` is what `pick` finds in all of the text.
+
+    `before` are the tokens before the answer. Where a penalty is on, a token costs a pass over V counts, however long
+    the text is; where none is, nothing is kept.
+    """
+
+    def __init__(self, sampling: Sampling, before: Iterable[int], vocab: int) -> None:
+        last = sampling.repeat_last_n
+        recent = sampling.repeat_penalty != 1 and last != 0
+        answer = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._recent = _Counts(before, None if last < 0 else min(last, maxsize), vocab) if recent else None
+        self._answer = _Counts((), None, vocab) if answer else None
+
+    def add(self, token: int) -> None:
+        """Go on behind a token of the answer."""
+        for counts in (self._recent, self._answer):
+            if counts is not None:
+                counts.add(token)
+
+    def said(self) -> Said:
+        """For the next token."""
+        recent = _NONE if self._recent is None else self._recent.found()
+        return Said(recent[0], *(_NONE if self._answer is None else self._answer.found()))
+
+
+class _Counts:
+    """How often each token is among the last `window` of a text; None: among all."""
+
+    def __init__(self, tokens: Iterable[int], window: int | None, vocab: int) -> None:
+        # Of an unbounded text the counts are enough; else the oldest token must be known when it leaves.
+        self._window = None if window is None else deque(tokens, window)
+        counted = tokens if self._window is None else self._window
+        self._counts = np.bincount(np.fromiter(counted, np.intp), minlength=vocab).astype(np.int32)  # [V]
+
+    def add(self, token: int) -> None:
+        if self._window is not None:
+            if len(self._window) == self._window.maxlen:
+                self._counts[self._window[0]] -= 1
+            self._window.append(token)
+        self._counts[token] += 1
+
+    def found(self) -> tuple[Ids, NDArray[np.int32]]:
+        """The ids that are there at all, ascending, and how often each is."""
+        ids = np.flatnonzero(self._counts)
+        return ids, self._counts[ids]
 
 
 class Generation(Answer):

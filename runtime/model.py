@@ -11,13 +11,14 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from griffin_gguf.runtime import arch
+from griffin_gguf.runtime import arch, saved_state
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.backends import Backend
-from griffin_gguf.runtime.errors import BackendError, UnsupportedError
+from griffin_gguf.runtime.errors import BackendError, NoRoomError, UnsupportedError
 from griffin_gguf.runtime.gguf_file import GgufFile
 from griffin_gguf.runtime.griffin import Rows
 from griffin_gguf.runtime.machine import checked_threads
+from griffin_gguf.runtime.saved_state import Layout
 from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.state import State
 from griffin_gguf.runtime.tokenizer import Tokenizer
@@ -106,6 +107,7 @@ class Model:
         self._backend = backend
         self._lock = threading.Lock()
         self._closed = False
+        self._layout: Layout | None = None  # of a state, once one has been needed
 
     @property
     def path(self) -> Path:
@@ -135,12 +137,12 @@ class Model:
     def new_state(self, snapshot: Snapshot | None = None) -> State:
         """A memory at position 0, or one that goes on from `snapshot`.
 
-        Raises `UnsupportedError` where the machine has no room for it, and for another model's snapshot.
+        Raises `NoRoomError` where the machine has no room for it, `UnsupportedError` for another model's snapshot.
         """
         self._check_open()
         needed, available = self._backend.state_nbytes, psutil.virtual_memory().available
         if needed > available:
-            raise UnsupportedError(
+            raise NoRoomError(
                 f"{self.path}: {arch.key('attention.sliding_window')}: a state takes {needed:,} bytes, and "
                 f"{available:,} are free"
             )
@@ -173,7 +175,11 @@ class Model:
 
     def load_snapshot(self, path: Path | str) -> Snapshot:
         """The same as a snapshot, from which any number of states can go on."""
-        return self.load_state(path).snapshot()
+        if self._layout is None:
+            self._layout = self.new_state().layout
+        logits = (np.dtype(np.float32), (self.hp.vocab,))
+        saved = saved_state.load(path, self._backend.fingerprint, {**self._layout, saved_state.LOGITS: logits})
+        return Snapshot.of(saved, self._layout)
 
     def forward(self, tokens: Tokens, state: State, every: bool = False, trace: bool = False) -> NDArray[np.float32]:
         """Read `tokens` (at least one) on top of `state`, which moves on by as many.

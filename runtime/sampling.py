@@ -51,6 +51,18 @@ class Sampling:
         return np.random.Generator(np.random.PCG64(self.seed))
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the penalties look at: distinct `recent` tokens; those of the `answer` and, of each, how often it is there.
+
+    Whoever samples a long text token by token keeps these, rather than go through all of it each time.
+    """
+
+    recent: Ids
+    answer: Ids
+    counts: NDArray[np.integer[Any]]
+
+
 def pick(
     logits: Logits, recent: Sequence[int], sampling: Sampling, rng: np.random.Generator, answer: Sequence[int] = ()
 ) -> int:
@@ -60,9 +72,15 @@ def pick(
     those of the answer alone. Raises `GriffinError` for logits no token can be chosen by: NaN, +inf, or -inf
     throughout.
     """
+    last = np.unique(np.asarray(_last(recent, sampling.repeat_last_n), np.intp))
+    return choose(logits, Said(last, *_counted(answer)), sampling, rng)
+
+
+def choose(logits: Logits, said: Said, sampling: Sampling, rng: np.random.Generator) -> int:
+    """`pick` by what is known already of the tokens so far."""
     _check(logits)
-    logits = penalize(logits, _last(recent, sampling.repeat_last_n), sampling.repeat_penalty)
-    logits = discourage(logits, answer, sampling.presence_penalty, sampling.frequency_penalty)
+    logits = penalize(logits, said.recent, sampling.repeat_penalty)
+    logits = _less(logits, said.answer, said.counts, sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     ids = top_k(logits, sampling.top_k)
@@ -71,9 +89,9 @@ def pick(
     return draw(logits, ids, sampling.temperature, rng)
 
 
-def penalize(logits: Logits, tokens: Sequence[int], penalty: float) -> Logits:
+def penalize(logits: Logits, tokens: Sequence[int] | Ids, penalty: float) -> Logits:
     """Logits in which each of `tokens` is less likely, once however often it is there; a copy if any changes."""
-    if penalty == 1.0 or not tokens:
+    if penalty == 1.0 or not len(tokens):
         return logits
     ids = np.asarray(tokens, dtype=np.intp)
     changed = logits.copy()
@@ -87,9 +105,12 @@ def discourage(logits: Logits, answer: Sequence[int], presence: float, frequency
 
     OpenAI's definition: of the answer's tokens, not the prompt's. A copy if any changes.
     """
-    if presence == frequency == 0 or not answer:
+    return _less(logits, *_counted(answer), presence, frequency)
+
+
+def _less(logits: Logits, ids: Ids, counts: NDArray[np.integer[Any]], presence: float, frequency: float) -> Logits:
+    if presence == frequency == 0 or not ids.size:
         return logits
-    ids, counts = np.unique(np.asarray(answer, dtype=np.intp), return_counts=True)
     changed = logits.copy()
     changed[ids] -= (presence + frequency * counts).astype(np.float32)
     return changed
@@ -150,6 +171,10 @@ def _check(logits: Logits) -> None:
         bad = int(np.count_nonzero(np.isnan(logits) | np.isposinf(logits)))
         found = f"{bad} of {logits.size} are NaN or infinite" if bad else "every token is forbidden"
         raise GriffinError(f"logits: no token can be chosen: {found}")
+
+
+def _counted(tokens: Sequence[int]) -> tuple[Ids, NDArray[np.intp]]:
+    return np.unique(np.asarray(tokens, dtype=np.intp), return_counts=True)
 
 
 def _last(tokens: Sequence[int], n: int) -> Sequence[int]:

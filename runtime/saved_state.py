@@ -78,8 +78,10 @@ class Saved:
     logits: NDArray[np.float32] | None = None
 
 
-def save(path: Path | str, saved: Saved) -> None:
+def save(path: Path | str, saved: Saved, *, private: bool = False, lasting: bool = True) -> None:
     """Write `saved` to `path`: all of it, on the disk, or nothing, and then an older file there is as it was.
+
+    A `private` file only its owner may read. One that is not `lasting` may be gone after a power cut.
 
     Raises `GriffinError` naming `path` where it cannot be written.
     """
@@ -89,11 +91,12 @@ def save(path: Path | str, saved: Saved) -> None:
     for array in arrays.values():
         crc = zlib.crc32(_bytes(array), crc)
     check_targets([path])
-    with atomic(path) as file:
+    with atomic(path, private) as file:
         file.write(_header(saved, arrays, _checksum(crc)))
         for array in arrays.values():
             file.write(_bytes(array))
-        file.sync()
+        if lasting:
+            file.sync()
 
 
 def load(path: Path | str, fingerprint: str, layout: Layout) -> Saved:

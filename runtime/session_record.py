@@ -75,10 +75,9 @@ def record_of(conversation: Conversation, model_name: str, unnamed: bool, docume
 
 def write_record(path: Path, record: Record) -> None:
     """Put it in the place of an older one, at once and whole. Raises `GriffinError` naming `path`."""
-    with atomic(path) as file:
+    with atomic(path, private=True) as file:
         file.write(msgspec.json.encode(record))
         file.sync()
-    path.chmod(0o600)
 
 
 def read_record(path: Path) -> Record:

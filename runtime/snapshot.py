@@ -7,8 +7,9 @@ anything: of the 2B's 21.7 MB, 0.7 MB are recurrences and convolutions, and a to
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +44,34 @@ class Snapshot:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values()) + (0 if self.logits is None else self.logits.nbytes)
 
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the arrays in its file, where rings are whole."""
+        sizes = [dtype.itemsize * prod(shape) for dtype, shape in self.layout.values()]
+        return sum(sizes) + (0 if self.logits is None else self.logits.nbytes)
+
     def whole(self) -> dict[str, NDArray[Any]]:
         """The arrays as `layout` has them: rows that hold nothing are zeros."""
         return {name: _filled(array, self.layout[name][1]) for name, array in self.arrays.items()}
 
-    def save(self, path: Path | str) -> None:
-        """Write the file that `State.save` writes; whole, or not at all. Raises `GriffinError` naming `path`."""
-        saved_state.save(path, Saved(self.fingerprint, self.position, self.whole(), self.logits))
+    @classmethod
+    def of(cls, saved: Saved, layout: Layout) -> Self:
+        """What a file holds, as small as it can be."""
+        rows = max(1, saved.position)
+        arrays = {
+            name: a[:rows].copy() if name.endswith((".k", ".v")) else a.copy() for name, a in saved.arrays.items()
+        }
+        return cls(saved.fingerprint, saved.position, layout, arrays, saved.logits)
+
+    def save(self, path: Path | str, *, private: bool = False, lasting: bool = True) -> None:
+        """Write the file that `State.save` writes, as `saved_state.save` does."""
+        saved = Saved(self.fingerprint, self.position, self.whole(), self.logits)
+        saved_state.save(path, saved, private=private, lasting=lasting)
+
+
+def is_ring(name: str) -> bool:
+    """Whether the array of that name, `blk.N.k` or such, is a ring of keys or values."""
+    return name.endswith((".k", ".v"))
 
 
 def _filled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

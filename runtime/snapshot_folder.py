@@ -1,14 +1,15 @@
 """Snapshots in a folder: state files of docs/state.md, the last used ones, for a later run or for want of memory.
 
-A file is MODEL-COUNT-DIGEST.state: 16 hex digits of the model's fingerprint, the number of tokens read, the digest of
-the text. A thread of the folder's own writes, so that nobody waits for a disk.
+A file is MODEL-COUNT-DIGEST.state: what the model and its backend are called, the number of tokens read, the digest of
+the text. Only its owner may read it. A thread of the folder's own writes, so that nobody waits for a disk; after a
+power cut a file may be damaged, which its checksum tells.
 """
 
 import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,15 @@ class Key:
 
 
 class SnapshotFolder:
-    """At most `nbytes` of state files in `path` (made where it is not there) for the model with that `fingerprint`.
+    """At most `nbytes` of state files in `path` (made where it is not there) for one `model`, as files call it.
 
     `load` reads one. Other models' files there are let alone. All methods may be called from any thread. Raises
     `OSError` for a folder that cannot be made or read.
     """
 
-    def __init__(self, path: Path, nbytes: int, fingerprint: str, load: Load) -> None:
+    def __init__(self, path: Path, nbytes: int, model: str, load: Load) -> None:
         self._path, self._most, self._load = path, nbytes, load
-        self._prefix = f"{fingerprint[:16]}-"
+        self._prefix = f"{model}-"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sizes = self._found()
         self._lock = Lock()
@@ -61,7 +62,7 @@ class SnapshotFolder:
         path = self._file(key)
         try:
             snapshot = self._load(path)
-            os.utime(path)
+            self._use(key)
         except (GriffinError, OSError) as error:
             _log.warning("a snapshot of the cache cannot be used: %s", error)
             if isinstance(error, FileFormatError):
@@ -69,9 +70,6 @@ class SnapshotFolder:
             with self._lock:
                 self._sizes.pop(key, None)
             return None
-        with self._lock:
-            if key in self._sizes:
-                self._sizes.move_to_end(key)
         return snapshot
 
     def put(self, key: Key, snapshot: Snapshot) -> None:
@@ -82,30 +80,54 @@ class SnapshotFolder:
             self._pending += 1
         self._writer.submit(self._write, key, snapshot)
 
-    def keep(self, key: Key, snapshot: Snapshot) -> None:
-        """Write one now."""
+    def fill(self, snapshots: Sequence[tuple[Key, Snapshot]]) -> None:
+        """Write these now, then nothing more: as many as there is room for. The first is the last used.
+
+        What is there from before makes room for them.
+        """
+        self._writer.shutdown()
+        room, chosen = self._most, list[tuple[Key, Snapshot]]()
+        for key, snapshot in snapshots:
+            room -= snapshot.file_nbytes
+            if room < 0:
+                break
+            chosen.append((key, snapshot))
+        for key, snapshot in reversed(chosen):
+            if key in self._sizes:
+                self._use(key)
+            else:
+                self._save(key, snapshot)
+        self._bound()
+
+    def _use(self, key: Key) -> None:
+        """Let it be the last used one, for later runs too."""
+        os.utime(self._file(key))
         with self._lock:
             if key in self._sizes:
-                return
-            self._pending += 1
-        self._write(key, snapshot)
-
-    def close(self) -> None:
-        """Wait until all is written."""
-        self._writer.shutdown()
+                self._sizes.move_to_end(key)
 
     def _write(self, key: Key, snapshot: Snapshot) -> None:
+        self._save(key, snapshot)
+        with self._lock:
+            self._pending -= 1
+        self._bound()
+
+    def _save(self, key: Key, snapshot: Snapshot) -> int:
+        """Write a file; its bytes, 0 where that fails."""
         path = self._file(key)
         try:
-            snapshot.save(path)
+            snapshot.save(path, private=True, lasting=False)
             size = path.stat().st_size
         except (GriffinError, OSError) as error:
             _log.warning("a snapshot does not go to the cache's folder: %s", error)
-            size = 0
+            return 0
         with self._lock:
-            self._pending -= 1
-            if size:
-                self._sizes[key] = size
+            self._sizes[key] = size
+        return size
+
+    def _bound(self) -> None:
+        """Delete what there is no room for, the least used first."""
+        with self._lock:
             gone: list[Key] = []
             while sum(self._sizes.values()) > self._most:
                 gone.append(self._sizes.popitem(last=False)[0])

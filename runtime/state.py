@@ -21,7 +21,7 @@ from griffin_gguf.runtime import saved_state
 from griffin_gguf.runtime.arch import Hyperparameters
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.saved_state import Layout, Saved
-from griffin_gguf.runtime.snapshot import Snapshot
+from griffin_gguf.runtime.snapshot import Snapshot, is_ring
 
 #: Tokens that one pass over the weights may take: longer texts are fed in chunks of this.
 CHUNK = 512
@@ -211,7 +211,7 @@ def parts(layers: list[LayerState[A]], rows: int | None, ring: int) -> Iterator[
     """Every array with its name and, of a ring of `ring` rows, how many of them `State.read` copies; None: all."""
     stop = None if rows is None or rows >= ring else max(rows, 1)
     for name, array in named(layers):
-        yield name, array, stop if name.endswith((".k", ".v")) else None
+        yield name, array, stop if is_ring(name) else None
 
 
 def kv_type(embedding: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from griffin_gguf.runtime.chat_prompt import NEAREST, ChatPrompt
 from griffin_gguf.runtime.engine import Engine
@@ -83,7 +84,6 @@ class Reply:
         self, ground: Ground, prompt: ChatPrompt, wish: Wish, load_ns: int, on_end: Callable[["Reply"], None]
     ) -> None:
         self._ground, self._prompt, self._wish, self._on_end = ground, prompt, wish, on_end
-        self._ids = np.array(prompt.tokens, np.int32)
         self._changed = asyncio.Event()
         self._told = 0  # log probabilities that were given out
         self._request: Request | None = None
@@ -185,7 +185,8 @@ class Reply:
     def _ask(self, changed: Callable[[], None]) -> Request:
         """Find what is known of the prompt and submit the rest; not in the event loop: files may be read."""
         ground, wish = self._ground, self._wish
-        found = ground.cache.find(self._ids, ground.root)
+        ids = np.array(self._prompt.tokens, np.int32)
+        found = ground.cache.find(ids, ground.root)
         known, start = found or (0, ground.start)
         self.cached_tokens += known
         constraint = None
@@ -201,21 +202,21 @@ class Reply:
             wish.top_logprobs,
             before,
         )
-        marks = [mark - known for mark in self._marks() if mark - known >= NEAREST or mark == len(self._ids)]
-        watch = Watch(marks, partial(self._keep, known), changed)
+        marks = [mark - known for mark in self._marks() if mark - known >= NEAREST or mark == len(ids)]
+        watch = Watch(marks, partial(self._keep, ids, known), changed)
         return ground.engine.ask(self._prompt.tokens[known:], terms, start=start, watch=watch)
 
     def _marks(self) -> list[int]:
         """Counts of the prompt's tokens after which the state is worth keeping."""
-        read, end = self._ground.read, len(self._ids)
+        read, end = self._ground.read, len(self._prompt.tokens)
         steps = range(STEP - read % STEP, end - STEP // 2, STEP)
         return sorted({*self._prompt.marks, *steps, end})
 
-    def _keep(self, known: int, request: Request, count: int, snapshot: Snapshot) -> None:
+    def _keep(self, ids: NDArray[np.int32], known: int, request: Request, count: int, snapshot: Snapshot) -> None:
         """Put the state after so many tokens beyond the `known` ones into the cache; called by the engine's thread."""
         cache, root, prompt = self._ground.cache, self._ground.root, self._prompt
-        if known + count <= len(self._ids):
-            cache.add(self._ids[: known + count], snapshot, root)
+        if known + count <= len(ids):
+            cache.add(ids[: known + count], snapshot, root)
         else:
             cache.add(np.array([*prompt.tokens, *request.tokens][: known + count], np.int32), snapshot, root)
         whole = request.finish is Finish.LENGTH or request.stop_token is not None

@@ -1,14 +1,17 @@
 """Vectors of texts, for whichever API asks: of unit length, made pass by pass beside the answers that run.
 
 A model makes vectors for one request at a time. Nothing goes on for a client that went away, but for the pass in work.
+Thousands of vectors are some hundred megabytes of JSON: `in_pieces` makes it while it is sent, a little at a time, so
+that the event loop goes on with all else in between.
 """
 
 import asyncio
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +21,15 @@ from griffin_gguf.runtime.server.errors import ApiError
 from griffin_gguf.runtime.server.models import Served
 
 T = TypeVar("T")
+
+#: Texts whose vectors one request may ask for, as in OpenAI's API.
+MOST_TEXTS = 2048
+
+#: Bytes of an answer, about, that are made and sent at once: one or two vectors.
+PIECE = 1 << 16
+
+#: Stands in a message where its vectors come. No JSON has that byte.
+PLACE = msgspec.Raw(b"\0")
 
 
 @dataclass
@@ -29,6 +41,12 @@ class _Queue:
 
 
 _queues: "weakref.WeakKeyDictionary[Model, _Queue]" = weakref.WeakKeyDictionary()
+
+
+def bounded(count: int) -> None:
+    """Raise `ApiError` where vectors of too many texts are wanted."""
+    if count > MOST_TEXTS:
+        raise ApiError(400, f"input: expected at most {MOST_TEXTS} texts, found {count}", param="input")
 
 
 async def vectors(served: Served, texts: Sequence[Tokens], dimensions: int, waiting: int) -> NDArray[np.float32]:
@@ -52,15 +70,36 @@ async def vectors(served: Served, texts: Sequence[Tokens], dimensions: int, wait
         async with queue.turn:
             found = np.empty((len(texts), entry.embedding), np.float32)
             await _run(model.embedding(texts, found, BESIDE))
+            return await _in_thread(lambda: unit(found[:, :dimensions]))
     finally:
         queue.count -= 1
-    return unit(found[:, :dimensions])
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each of the rows, f32 [n, D], at length 1; one of nothing but zeros stays."""
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     return (rows / np.maximum(lengths, 1e-12)).astype(np.float32)
+
+
+def numbers(vector: NDArray[np.float32]) -> bytes:
+    """A vector, f32 [D], as JSON."""
+    return msgspec.json.encode(vector.tolist())
+
+
+async def in_pieces(message: Any, items: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Yield `message` as JSON, with an array of `items`, each JSON itself, where it has `PLACE`.
+
+    An item is made when its turn comes, and others have theirs after each piece.
+    """
+    before, after = msgspec.json.encode(message).split(PLACE)
+    piece = bytearray(before + b"[")
+    for i, item in enumerate(items):
+        piece += b"," + item if i else item
+        if len(piece) >= PIECE:
+            yield bytes(piece)
+            piece.clear()
+            await asyncio.sleep(0)
+    yield bytes(piece + b"]" + after)
 
 
 async def _run(passes: Generator[None]) -> None:

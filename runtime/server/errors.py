@@ -1,6 +1,6 @@
 """What a server says where something is wrong: one exception, which each dialect puts into its own shape."""
 
-from griffin_gguf.runtime.errors import BackendError, BusyError, FileFormatError, GriffinError
+from griffin_gguf.runtime.errors import BackendError, BusyError, FileFormatError, GriffinError, NoRoomError
 
 #: Seconds after which a refused client may well try again.
 RETRY_AFTER = 1
@@ -40,7 +40,7 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, BusyError):
         return ApiError(429, str(error), retry_after=RETRY_AFTER, code="rate_limit_exceeded")
-    if isinstance(error, EndingError):
+    if isinstance(error, EndingError | NoRoomError):
         return ApiError(503, str(error), retry_after=RETRY_AFTER)
     if isinstance(error, FileFormatError | BackendError):
         return ApiError(500, str(error))

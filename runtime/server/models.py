@@ -7,6 +7,7 @@ Requests only choose among these names: nothing of a request becomes a path.
 import asyncio
 import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from math import prod
 from pathlib import Path
-from time import perf_counter_ns
+from threading import Lock
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 from gguf import LlamaFileType
@@ -40,6 +42,7 @@ _log = logging.getLogger("griffin.server")
 _ENDING = EndingError("the server is ending")
 _LONGEST_STAY = 1e9  # seconds that a date can hold
 _TAG = ":latest"  # what Ollama's clients put behind a name that has no tag
+_MOMENT = 1.0  # seconds that the list of documents is taken for true
 _DOCUMENTS = 4  # whose states a loaded model keeps in memory
 
 
@@ -85,14 +88,15 @@ class _Running:
             folder = None
             if settings.cache_folder is not None:
                 room, read = settings.cache_folder_nbytes, self.model.load_snapshot
-                folder = SnapshotFolder(settings.cache_folder, room, entry.digest, read)
+                folder = SnapshotFolder(settings.cache_folder, room, f"{self.model.backend}-{entry.digest[:16]}", read)
             self.cache = PromptCache(settings.cache_nbytes, folder)
         except BaseException:
             self.model.close()
             raise
         self.stops = stop_tokens(self.model.file.metadata, self.model.tokenizer)
         self.engine.start()
-        self._documents: dict[str, Snapshot] = {}
+        self._documents = OrderedDict[str, Snapshot]()
+        self._lock = Lock()
 
     def ground(self, document: Document | None) -> Ground:
         """What answers rest on that go on from `document`."""
@@ -100,12 +104,13 @@ class _Running:
         if document is None:
             return plain
         root = f"{document.name} {document.path.name}"  # a reading's file has a name of its own
-        if root not in self._documents:
-            snapshot = document.snapshot(self.model)
-            while len(self._documents) >= _DOCUMENTS:
-                del self._documents[next(iter(self._documents))]
+        with self._lock:
+            snapshot = self._documents.get(root) or document.snapshot(self.model)
             self._documents[root] = snapshot
-        return replace(plain, start=self._documents[root], root=root)
+            self._documents.move_to_end(root)
+            if len(self._documents) > _DOCUMENTS:
+                self._documents.popitem(last=False)
+        return replace(plain, start=snapshot, root=root)
 
     def close(self) -> None:
         """End all answers, then release everything."""
@@ -137,15 +142,24 @@ class Served:
         """
         if self.template is None:
             raise ApiError(400, f'"{self.entry.name}" has no chat template; it completes texts (generate, completions)')
-        said = partial(self._running.cache.said, root=self._ground.root)
         turn = self._document is not None and self._document.form == "turn"
+        known, root, bos = self._running.cache.said, self._ground.root, self.model.tokenizer.bos
+        begins = self._document is None or turn
+
+        def said(before: Sequence[int], text: str) -> list[int] | None:
+            return known(before if begins else _without(bos, before), text, root)
+
         try:
             prompt = self.template.prompt(self.model.tokenizer, messages, said, document=turn)
         except FileFormatError as error:
             raise as_api_error(error) from error
         except GriffinError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return prompt if self._document is None or turn else _behind_text(prompt, self.model.tokenizer.bos)
+        if begins:
+            return prompt
+        tokens = _without(bos, prompt.tokens)
+        ahead = len(prompt.tokens) - len(tokens)
+        return replace(prompt, tokens=tokens, marks=tuple(mark - ahead for mark in prompt.marks if mark > ahead))
 
     def text(self, text: str) -> ChatPrompt:
         """The tokens of a text to be continued."""
@@ -166,16 +180,19 @@ class Models:
     def __init__(self, paths: Sequence[Path], settings: Settings) -> None:
         self._settings = settings
         self.on_reply: Callable[[str, Reply], None] | None = None
+        self._known, self._looked = list[Document](), -_MOMENT - 1
         self._places: dict[str, _Place] = {}
         for path in paths:
             entry = _entry(path)
-            known = self._places.setdefault(entry.name.lower(), _Place(entry))
+            if "@" in entry.name:
+                raise UnsupportedError(f"{path}: file name: expected no @, which names documents; rename the file")
+            known = self._places.setdefault(entry.name.lower(), _Place(entry, settings.keep_alive))
             if known.entry is not entry:
                 raise UnsupportedError(f"{path}: the name {entry.name} is {known.entry.path}'s; expected another one")
 
     def entries(self) -> list[Entry]:
         """A model after the other, each followed by its documents."""
-        known = documents.documents()
+        known = self._documents()
         return [
             entry
             for place in self._places.values()
@@ -190,12 +207,13 @@ class Models:
     async def use(self, name: str, keep_alive: float | None = None) -> AsyncGenerator[Served]:
         """A model to be used within the context; loaded first where it is not. Raises `ApiError`.
 
-        It stays for `keep_alive` seconds after its last use, None: the settings' number; 0: not at all; below 0: for
-        good.
+        It stays for `keep_alive` seconds after its last use, 0: not at all, below 0: for good; None: as it was told
+        before, or the settings say.
         """
         place, entry, document = self._find(name)
         place.users += 1
-        place.keep_alive = self._settings.keep_alive if keep_alive is None else keep_alive
+        if keep_alive is not None:
+            place.keep_alive = keep_alive
         place.stay()
         try:
             try:
@@ -244,10 +262,18 @@ class Models:
         if place is not None and not at:
             return place, place.entry, None
         if place is not None:
-            for document in documents.documents():
-                if document.fingerprint == place.entry.digest and document.name.lower() == behind.lower():
-                    return place, _with(place.entry, document), document
+            known = [d for d in self._documents() if d.fingerprint == place.entry.digest]
+            exact = [d for d in known if d.name == behind] or [d for d in known if d.name.lower() == behind.lower()]
+            if exact:
+                return place, _with(place.entry, exact[0]), exact[0]
         raise ApiError(404, f"model {_short(name)} not found", code="model_not_found", param="model")
+
+    def _documents(self) -> list[Document]:
+        """All there are, or were a moment ago: many ask, and each time every document's folder is looked into."""
+        now = monotonic()
+        if now > self._looked + _MOMENT:
+            self._known, self._looked = documents.documents(), now
+        return self._known
 
     async def _running(self, place: "_Place") -> "tuple[_Running, int]":
         """What is in memory of a model, and the nanoseconds that this took."""
@@ -271,7 +297,7 @@ class Models:
         if place.users or place.running is None:
             return
         place.stay()
-        if place.keep_alive == 0:
+        if place.keep_alive == 0 or place.running.engine.broken:
             await self._unload(place)
         elif place.keep_alive > 0:
             place.expires = datetime.now(UTC) + timedelta(seconds=min(place.keep_alive, _LONGEST_STAY))
@@ -286,6 +312,7 @@ class Models:
         async with place.lock:
             if place.running is not None and not (unused and place.users):
                 running, place.running = place.running, None
+                place.keep_alive = place.usual
                 await asyncio.to_thread(running.close)
                 _log.info("unloaded %s", place.entry.name)
 
@@ -297,12 +324,12 @@ class Models:
 class _Place:
     """A file that is served: what is in memory of it, who uses it, and how long it stays."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, keep_alive: float) -> None:
         self.entry = entry
         self.running: _Running | None = None
         self.lock = asyncio.Lock()
         self.users = 0
-        self.keep_alive = 0.0
+        self.usual = self.keep_alive = keep_alive
         self.expires: datetime | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -363,8 +390,6 @@ def _short(name: str) -> str:
     return shown if len(name) <= 100 else f"{shown}…"
 
 
-def _behind_text(prompt: ChatPrompt, bos: int) -> ChatPrompt:
-    """A conversation that follows a plain text: it does not begin once more."""
-    if prompt.tokens[:1] != [bos]:
-        return prompt
-    return replace(prompt, tokens=prompt.tokens[1:], marks=tuple(mark - 1 for mark in prompt.marks if mark > 1))
+def _without(bos: int, tokens: Sequence[int]) -> list[int]:
+    """A conversation that follows a plain text does not begin once more."""
+    return list(tokens[1:] if tokens[:1] == [bos] else tokens)

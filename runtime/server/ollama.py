@@ -16,13 +16,15 @@ from time import perf_counter_ns
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from griffin_gguf.runtime.chat import ChatPrompt
 from griffin_gguf.runtime.server import ollama_models, ollama_options, ollama_prompts
-from griffin_gguf.runtime.server.embeddings import vectors
+from griffin_gguf.runtime.server.embeddings import PLACE, bounded, in_pieces, numbers, vectors
 from griffin_gguf.runtime.server.errors import ApiError
 from griffin_gguf.runtime.server.guard import Stream, parse, read_body, while_connected
 from griffin_gguf.runtime.server.models import Models, Served
@@ -151,27 +153,31 @@ class _Api:
         started = perf_counter_ns()
         wanted = parse(await read_body(request), EmbedRequest)
         texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input or []
+        bounded(len(texts))
         # An empty text alone is none, as in Ollama.
         found, tokens, load_ns = await self._vectors(request, wanted, [] if texts == [""] else texts, wanted.dimensions)
         answer = EmbedAnswer(
             model=wanted.model,
-            embeddings=found,
+            embeddings=PLACE,
             total_duration=perf_counter_ns() - started,
             load_duration=load_ns,
             prompt_eval_count=tokens,
         )
-        return _json(answer)
+        return Stream(in_pieces(answer, map(numbers, found)), "application/json")
 
     async def embeddings(self, request: Request) -> Response:
         """A vector for one text; the older form."""
         wanted = parse(await read_body(request), EmbeddingsRequest)
         found, _, _ = await self._vectors(request, wanted, [wanted.prompt] if wanted.prompt else [], None)
-        return _json({"embedding": found[0] if found else []})
+        return _json({"embedding": found[0].tolist() if len(found) else []})
 
     async def _vectors(
         self, request: Request, wanted: VectorRequest, texts: Sequence[str], dimensions: int | None
-    ) -> tuple[list[list[float]], int, int]:
-        """The texts' vectors, their number of tokens and the time loading took; without texts the model is loaded."""
+    ) -> tuple[NDArray[np.float32], int, int]:
+        """The texts' vectors, f32 [n, dimensions], their number of tokens and the time loading took.
+
+        Without texts the model is loaded.
+        """
         entry = self._models.find(_required(wanted.model))
         ollama_options.options(wanted.options)
         alive = ollama_options.keep_alive(wanted.keep_alive)
@@ -180,9 +186,9 @@ class _Api:
             encode = served.model.tokenizer.encode
             batch = await asyncio.to_thread(lambda: [encode(text) for text in texts])
             if not batch:
-                return [], 0, served.load_ns
+                return np.empty((0, entry.embedding), np.float32), 0, served.load_ns
             found = await while_connected(request, vectors(served, batch, dimensions or entry.embedding, waiting))
-            return found.tolist(), sum(map(len, batch)), served.load_ns
+            return found, sum(map(len, batch)), served.load_ns
         raise AssertionError("unreachable: the context takes no error away")
 
     async def unbuilt(self, request: Request) -> Response:

@@ -5,9 +5,12 @@ to servers that have never heard of them. A field of the wrong type is an error.
 out.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+#: Messages of one conversation. Each is looked at where all other clients wait: a body may hold some hundred thousand.
+MOST_MESSAGES = 10_000
 
 
 class ModelRequest(msgspec.Struct, kw_only=True):
@@ -52,7 +55,7 @@ class AskedMessage(msgspec.Struct, kw_only=True):
 class ChatRequest(AnswerRequest, kw_only=True):
     """POST /api/chat."""
 
-    messages: list[AskedMessage] | None = None
+    messages: Annotated[list[AskedMessage], msgspec.Meta(max_length=MOST_MESSAGES)] | None = None
     tools: list[Any] | None = None
 
 
@@ -128,7 +131,7 @@ class EmbedAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The answer of embed."""
 
     model: str
-    embeddings: list[list[float]]
+    embeddings: msgspec.Raw  # an array of arrays of numbers
     total_duration: int | None = None
     load_duration: int | None = None
     prompt_eval_count: int | None = None

@@ -87,7 +87,7 @@ def options(given: Mapping[str, Any] | None) -> Options:
     Raises `UnsupportedError` naming the option for a value of another type, out of range, or of a sampler that is not
     here.
     """
-    named = {name: value for name, value in (given or {}).items() if value is not None}
+    named = given or {}
     for name, kind in WITHOUT_EFFECT.items():
         _typed(named, name, kind)
     for name, neutral in OFF.items():
@@ -123,18 +123,29 @@ def _num_predict(named: Mapping[str, Any]) -> int | None:
 
 def _stop(named: Mapping[str, Any]) -> tuple[str, ...]:
     """Ollama takes a list; many programs give one string."""
-    found = named.get("stop", [])
-    stops = [found] if isinstance(found, str) else found
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in cast("list[Any]", stops)):
-        raise UnsupportedError("options.stop: expected a string or an array of strings")
-    texts = cast("list[str]", stops)
-    if not all(texts):
-        raise UnsupportedError("options.stop: expected no empty string")
-    if len(texts) > MOST_STOPS or max(map(len, texts), default=0) > LONGEST_STOP:
-        raise UnsupportedError(
-            f"options.stop: expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters"
-        )
-    return tuple(texts)
+    given = named.get("stop")
+    try:
+        return stop_strings(given)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"options.{error}") from error
+
+
+def stop_strings(given: Any) -> tuple[str, ...]:
+    """The strings that end an answer: one, several, or null for none. Raises `UnsupportedError` for any other."""
+    found = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(found, list):
+        raise UnsupportedError("stop: expected a string or an array of strings")
+    stops = cast("list[Any]", found)
+    bound = f"stop: expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters"
+    if len(stops) > MOST_STOPS:  # before each of them is looked at
+        raise UnsupportedError(bound)
+    if not all(isinstance(stop, str) for stop in stops):
+        raise UnsupportedError("stop: expected a string or an array of strings")
+    if not all(stops):
+        raise UnsupportedError("stop: expected no empty string")
+    if max(map(len, stops), default=0) > LONGEST_STOP:
+        raise UnsupportedError(bound)
+    return tuple(cast("list[str]", stops))
 
 
 def _typed(named: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -11,7 +11,7 @@ wrong with a request is a status; what goes wrong later is a last event {"error"
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from griffin_gguf.runtime.chat import ChatPrompt
 from griffin_gguf.runtime.server import openai_requests
-from griffin_gguf.runtime.server.embeddings import vectors
+from griffin_gguf.runtime.server.embeddings import PLACE, in_pieces, numbers, vectors
 from griffin_gguf.runtime.server.guard import Stream, parse, read_body, while_connected
 from griffin_gguf.runtime.server.models import Entry, Models, Served
 from griffin_gguf.runtime.server.openai_answers import Answers
@@ -113,14 +113,20 @@ class _Api:
             making = vectors(served, tokens, size, request.app.state.settings.waiting)
             found = await while_connected(request, making)
         count = sum(map(len, tokens))
-        packed = wanted.encoding_format == "base64"
-        data = [EmbeddingObject(i, _packed(row) if packed else row.tolist()) for i, row in enumerate(found)]
-        return _json(EmbeddingList(data, entry.name, EmbeddingUsage(count, count)))
+        answer = EmbeddingList(PLACE, entry.name, EmbeddingUsage(count, count))
+        return Stream(in_pieces(answer, _objects(found, wanted.encoding_format == "base64")), "application/json")
 
 
 def _model(entry: Entry) -> ModelObject:
     owner = entry.metadata.get("general.organization")
     return ModelObject(entry.name, int(entry.modified.timestamp()), owner if isinstance(owner, str) else "griffin")
+
+
+def _objects(rows: NDArray[np.float32], packed: bool) -> Iterator[bytes]:
+    """Yield an object for each vector, as JSON."""
+    for i, row in enumerate(rows):
+        vector = _packed(row) if packed else msgspec.Raw(numbers(row))
+        yield msgspec.json.encode(EmbeddingObject(i, vector))
 
 
 def _packed(vector: NDArray[np.float32]) -> str:

@@ -158,6 +158,10 @@ def event(message: Any) -> bytes:
 
 
 def fingerprint(served: Served) -> str:
-    """Stands for all that an answer depends on beside the request: with a seed, the same one gives the same answer."""
+    """Stands for all that an answer is made by beside the request: the weights, the device and this program.
+
+    With a seed, the same one gives the same draws. Logits are computed for all answers of a step at once, and may be
+    rounded otherwise beside others: where two tokens are nearly as likely, that can make another answer of it.
+    """
     parts = (served.entry.digest, served.model.backend, version("griffin-gguf"))
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -5,9 +5,11 @@ nothing of an answer); a field of the wrong type is an error. Fields of type `An
 `openai_requests.REFUSED`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from griffin_gguf.runtime.server.ollama_messages import MOST_MESSAGES
 
 #: Why an answer ended, and what an object is.
 Finish = Literal["stop", "length"]
@@ -22,6 +24,19 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class JsonSchema(msgspec.Struct):
+    """A schema by name; `strict` is how it is always meant here."""
+
+    schema: dict[str, Any] | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What an answer's text must be."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
 class AnswerRequest(msgspec.Struct, kw_only=True):
     """What both ways of asking for text have in common; those of the second block are beyond OpenAI's."""
 
@@ -31,6 +46,7 @@ class AnswerRequest(msgspec.Struct, kw_only=True):
     max_tokens: int | None = None
     n: int | None = None
     presence_penalty: float | None = None
+    response_format: ResponseFormat | None = None  # of a completion too, as other servers have it
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -61,30 +77,16 @@ class AskedMessage(msgspec.Struct, kw_only=True):
     audio: Any = None
 
 
-class JsonSchema(msgspec.Struct):
-    """A schema by name; `strict` is how it is always meant here."""
-
-    schema: dict[str, Any] | None = None
-
-
-class ResponseFormat(msgspec.Struct):
-    """What an answer's text must be."""
-
-    type: str
-    json_schema: JsonSchema | None = None
-
-
 class ChatRequest(AnswerRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[AskedMessage]
+    messages: Annotated[list[AskedMessage], msgspec.Meta(max_length=MOST_MESSAGES)]
     audio: Any = None
     function_call: Any = None
     functions: Any = None
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
     modalities: Any = None
-    response_format: ResponseFormat | None = None
     tool_choice: Any = None
     tools: Any = None
     top_logprobs: int | None = None
@@ -240,14 +242,14 @@ class EmbeddingObject(msgspec.Struct):
     """A vector, as numbers or as base64 of little-endian f32."""
 
     index: int
-    embedding: list[float] | str
+    embedding: msgspec.Raw | str
     object: Literal["embedding"] = "embedding"
 
 
 class EmbeddingList(msgspec.Struct):
     """The answer of embeddings."""
 
-    data: list[EmbeddingObject]
+    data: msgspec.Raw  # an array of `EmbeddingObject`
     model: str
     usage: EmbeddingUsage
     object: Literal["list"] = "list"

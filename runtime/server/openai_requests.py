@@ -5,7 +5,7 @@ top_p 1; `top_k` and the like, which OpenAI's API does not know, are taken and a
 here (`REFUSED`) is an error rather than ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from sys import float_info
 from typing import Any, cast
@@ -14,9 +14,10 @@ from griffin_gguf.runtime.chat import ChatPrompt
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.sampling import Sampling
 from griffin_gguf.runtime.server.answers import Wish
+from griffin_gguf.runtime.server.embeddings import bounded
 from griffin_gguf.runtime.server.errors import ApiError
 from griffin_gguf.runtime.server.models import Served
-from griffin_gguf.runtime.server.ollama_options import LONGEST_STOP, MOST_STOPS
+from griffin_gguf.runtime.server.ollama_options import stop_strings
 from griffin_gguf.runtime.server.openai_messages import (
     AnswerRequest,
     AskedMessage,
@@ -44,8 +45,8 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
 #: Answers to one request: to `n` for each of its prompts.
 MOST_ANSWERS = 32
 
-#: Texts whose vectors one request may ask for, as in OpenAI's API.
-MOST_TEXTS = 2048
+#: Parts of all messages' contents; for the same reason as `MOST_MESSAGES`.
+MOST_PARTS = 10_000
 
 #: Alternatives to each token, by the form of the request.
 _MOST_LOGPROBS = {ChatRequest: 20, CompletionRequest: 5}
@@ -83,7 +84,7 @@ class Asked:
     stream: bool
     usage: bool  # in a stream
     sampling: Sampling
-    max_tokens: int | None  # None where the request has none
+    max_tokens: int | None  # None: as many as a model that ends may well say
     stop: tuple[str, ...]
     schema: dict[str, Any] | None
     top_logprobs: int | None
@@ -92,12 +93,6 @@ class Asked:
     def of(cls, wanted: ChatRequest | CompletionRequest) -> "Asked":
         """Raises `ApiError` for what is out of range or cannot be done."""
         refuse(wanted)
-        chat = isinstance(wanted, ChatRequest)
-        limit = wanted.max_tokens
-        if chat and wanted.max_completion_tokens is not None:
-            limit = wanted.max_completion_tokens
-        if limit is not None and limit < 0:
-            raise invalid("max_tokens", f"expected at least 0, found {limit}")
         options = wanted.stream_options
         return cls(
             model=wanted.model,
@@ -105,9 +100,9 @@ class Asked:
             stream=bool(wanted.stream),
             usage=options is not None and bool(options.include_usage),
             sampling=_sampling(wanted),
-            max_tokens=limit if limit is not None or chat else _COMPLETION_TOKENS,
+            max_tokens=_limit(wanted),
             stop=_stop(wanted.stop),
-            schema=_schema(wanted.response_format) if chat else None,
+            schema=_schema(wanted.response_format),
             top_logprobs=_top_logprobs(wanted),
         )
 
@@ -134,6 +129,9 @@ def messages(wanted: ChatRequest) -> list[dict[str, str]]:
     """The messages of a conversation, for the template. Raises `ApiError` for what is more than text."""
     if not wanted.messages:
         raise invalid("messages", "expected at least one")
+    parts = sum(len(message.content) for message in wanted.messages if isinstance(message.content, list))
+    if parts > MOST_PARTS:
+        raise invalid("messages", f"expected at most {MOST_PARTS} parts of content in all, found {parts}")
     return [_message(message, f"messages[{i}].") for i, message in enumerate(wanted.messages)]
 
 
@@ -154,11 +152,14 @@ def _message(message: AskedMessage, where: str) -> dict[str, str]:
 
 def prompts(wanted: CompletionRequest, n: int) -> list[str | list[int]]:
     """The prompts of a completion, as text or as tokens; without any, the beginning of a text."""
-    found = _texts("prompt", "" if wanted.prompt is None else wanted.prompt)
+
+    def few(count: int) -> None:
+        if count * n > MOST_ANSWERS:
+            raise invalid("prompt", f"expected at most {MOST_ANSWERS} answers, found {count} prompts of {n} each")
+
+    found = _texts("prompt", "" if wanted.prompt is None else wanted.prompt, few)
     if not found:
         raise invalid("prompt", "expected at least one")
-    if len(found) * n > MOST_ANSWERS:
-        raise invalid("prompt", f"expected at most {MOST_ANSWERS} answers, found {len(found)} prompts of {n} each")
     return found
 
 
@@ -171,11 +172,9 @@ def prompt_of(served: Served, prompt: str | list[int]) -> ChatPrompt:
 
 def texts(wanted: EmbeddingRequest) -> list[str | list[int]]:
     """The texts whose vectors are wanted. Raises `ApiError` for an empty one, and for too many."""
-    found = _texts("input", wanted.input)
+    found = _texts("input", wanted.input, bounded)
     if not found or not all(found):
         raise invalid("input", "expected no empty text")
-    if len(found) > MOST_TEXTS:
-        raise invalid("input", f"expected at most {MOST_TEXTS} texts, found {len(found)}")
     if wanted.encoding_format not in (None, "float", "base64"):
         raise invalid("encoding_format", f"expected float or base64, found {wanted.encoding_format[:40]!r}")
     return found
@@ -195,15 +194,30 @@ def checked_tokens(field: str, tokens: list[int], served: Served) -> list[int]:
     return tokens
 
 
-def _texts(field: str, given: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
-    """One text, or several; a list of numbers is one text as tokens."""
+def _texts(field: str, given: str | list[str | int | list[int]], check: Callable[[int], None]) -> list[str | list[int]]:
+    """One text, or several, whose number `check` has seen; a list of numbers is one text as tokens."""
     if isinstance(given, str):
         return [given]
-    if given and all(isinstance(one, int) for one in given):
-        return [cast("list[int]", list(given))]
-    if any(isinstance(one, int) for one in given):
+    if given and not isinstance(given[0], int):
+        check(len(given))
+    kinds = set(map(type, given))
+    if kinds == {int}:
+        return [cast("list[int]", given)]
+    if int in kinds:
         raise invalid(field, "expected texts or tokens, found both")
-    return cast("list[str | list[int]]", list(given))
+    return cast("list[str | list[int]]", given)
+
+
+def _limit(wanted: ChatRequest | CompletionRequest) -> int | None:
+    """How many tokens an answer may have; -1 is none in other servers of this API, and so in their clients."""
+    field, limit = "max_tokens", wanted.max_tokens
+    if isinstance(wanted, ChatRequest) and wanted.max_completion_tokens is not None:
+        field, limit = "max_completion_tokens", wanted.max_completion_tokens
+    if limit is None:
+        return None if isinstance(wanted, ChatRequest) else _COMPLETION_TOKENS
+    if limit < -1:
+        raise invalid(field, f"expected at least 0, or -1 for no limit, found {limit}")
+    return None if limit == -1 else limit
 
 
 def _count(wanted: ChatRequest | CompletionRequest) -> int:
@@ -218,6 +232,8 @@ def _count(wanted: ChatRequest | CompletionRequest) -> int:
 def _sampling(wanted: AnswerRequest) -> Sampling:
     named: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     named |= {name: value for name in _SAMPLING if (value := getattr(wanted, name)) is not None}
+    if named["top_k"] == -1:
+        named["top_k"] = 0  # all tokens, as other servers of this API have it
     if named["top_p"] == 0:
         named["top_p"] = float_info.min  # the likeliest token alone
     if wanted.seed is not None:
@@ -230,12 +246,10 @@ def _sampling(wanted: AnswerRequest) -> Sampling:
 
 
 def _stop(given: str | list[str] | None) -> tuple[str, ...]:
-    stops = [given] if isinstance(given, str) else given or []
-    if not all(stops):
-        raise invalid("stop", "expected no empty string")
-    if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST_STOP:
-        raise invalid("stop", f"expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters")
-    return tuple(stops)
+    try:
+        return stop_strings(given)
+    except UnsupportedError as error:
+        raise ApiError(400, str(error), param="stop") from error
 
 
 def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:

@@ -157,6 +157,26 @@ def test_files_that_cannot_be_served(model: Path, tmp_path: Path) -> None:
     assert str(double) in refused("serve", model, double, "--port", "0")
 
 
+def test_more_slots_than_a_step_takes(model: Path) -> None:
+    said = refused("serve", model, "--port", "0", "--slots", "513")
+    assert "slots: expected at most 512, found 513" in said
+
+
+def test_a_folder_that_cannot_hold_the_cache(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    for folder in (file, file / "below", Path("/proc/self")):
+        said = refused("serve", model, "--port", "0", "--cache-dir", folder)
+        assert f"--cache-dir {folder}: " in said
+        assert said.count("\n") == 1
+
+
+def test_the_folder_of_the_cache_is_made_at_the_start_for_its_owner_alone(model: Path, tmp_path: Path) -> None:
+    with running(model, cache_dir=tmp_path / "new" / "cache"):
+        assert (tmp_path / "new" / "cache").stat().st_mode & 0o777 == 0o700
+        assert list((tmp_path / "new" / "cache").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,5 +1,6 @@
 """The loop on a model that says a given text, whatever it is fed, and records what that was."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -9,11 +10,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from vocabularies import metadata_of, train
 
 from griffin_gguf.runtime.errors import UnsupportedError
-from griffin_gguf.runtime.generate import Finish, HeldText, generate
-from griffin_gguf.runtime.sampling import Logits, Sampling
+from griffin_gguf.runtime.generate import Finish, HeldText, History, generate
+from griffin_gguf.runtime.logprobs import TokenLogprobs
+from griffin_gguf.runtime.sampling import (
+    Logits,
+    Sampling,
+    choose,
+    discourage,
+    draw,
+    min_p,
+    penalize,
+    pick,
+    top_k,
+    top_p,
+)
 from griffin_gguf.runtime.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -264,6 +278,68 @@ def test_the_penalty_sees_the_prompt_and_the_answer() -> None:
     generation = generate(Stubborn([], 2), [], [300, 302], sampling, 3)
     list(generation)
     assert generation.tokens == [301, 303, 304]
+
+
+some_logits = arrays(np.float32, 12, elements=st.floats(-20, 20, width=32))
+
+
+def chosen(x: Logits, recent: Sequence[int], answer: Sequence[int], s: Sampling, rng: np.random.Generator) -> int:
+    """By the pure functions, over all of the text."""
+    last = recent if s.repeat_last_n < 0 else recent[max(0, len(recent) - s.repeat_last_n) :]
+    x = discourage(penalize(x, last, s.repeat_penalty), answer, s.presence_penalty, s.frequency_penalty)
+    return draw(x, min_p(x, top_p(x, top_k(x, s.top_k), s.top_p), s.min_p), s.temperature, rng)
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.lists(some_logits, min_size=1, max_size=12),
+    before=st.lists(st.integers(0, 11), max_size=20),
+    last=st.sampled_from([-1, 0, 1, 3, 8, 64, 2**70]),
+    repeat=st.sampled_from([1.0, 0.5, 1.3]),
+    presence=st.sampled_from([0.0, -1.0, 0.7]),
+    frequency=st.sampled_from([0.0, -0.3, 1.1]),
+)
+def test_what_is_kept_for_the_penalties_is_what_all_of_the_text_says(
+    rows: list[Logits], before: list[int], last: int, repeat: float, presence: float, frequency: float
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 0.0, repeat, last, 5, presence, frequency)
+    history, answer = History(sampling, iter(before), 12), list[int]()
+    first, second, third = (sampling.generator() for _ in range(3))
+    for x in rows:
+        recent = before + answer
+        token = choose(x, history.said(), sampling, first)
+        assert token == chosen(x, recent, answer, sampling, second) == pick(x, recent, sampling, third, answer)
+        history.add(token)
+        answer.append(token)
+    said = history.said()
+    if repeat != 1:
+        recent = before + answer
+        assert said.recent.tolist() == sorted(set(recent if last < 0 else recent[max(0, len(recent) - last) :]))
+    if presence or frequency:
+        assert dict(zip(said.answer.tolist(), said.counts.tolist(), strict=True)) == Counter(answer)
+
+
+def test_without_penalties_nothing_is_kept() -> None:
+    history = History(Sampling(repeat_penalty=1, repeat_last_n=-1), iter([1, 2]), 12)
+    history.add(3)
+    assert not any(part.size for part in (history.said().recent, history.said().answer, history.said().counts))
+
+
+def test_log_probabilities_that_are_taken_are_not_kept() -> None:
+    text = "The fox said nothing."
+    whole = generate(parrot(text), [], PROMPT, GREEDY, None, STOP, top_logprobs=2)
+    list(whole)
+    taken = generate(parrot(text), [], PROMPT, GREEDY, None, STOP, top_logprobs=2)
+    assert taken.take_logprobs() == []
+    found: list[TokenLogprobs] = []
+    for i, _ in enumerate(taken):
+        if i % 3 == 0:
+            found += taken.take_logprobs()
+            assert taken.logprobs == []
+    found += taken.take_logprobs()
+    assert found == whole.logprobs
+    assert [one.token for one in found] == taken.tokens
+    assert (taken.logprobs, taken.take_logprobs()) == ([], [])
 
 
 def test_the_same_seed_gives_the_same_answer() -> None:

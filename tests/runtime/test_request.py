@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from griffin_gguf.runtime import Model, load
 from griffin_gguf.runtime.engine import Engine
-from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.errors import BackendError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.generate import Finish, Terms, generate
 from griffin_gguf.runtime.logprobs import token_logprobs
 from griffin_gguf.runtime.request import Request, Watch
@@ -167,6 +167,45 @@ def test_a_constraint_decides_what_may_be_said(model: Model, sampling: Sampling)
     alone = generate(model, model.new_state(), prompt(8), GREEDY, 9)
     list(alone)
     assert free.tokens == alone.tokens
+
+
+class Failing(Only):
+    """Fails at the third token, in a way that nobody expects."""
+
+    def allow(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(self.accepted) == 2:
+            raise MemoryError
+        return super().allow(logits)
+
+
+def test_what_fails_in_one_answer_ends_that_one(model: Model) -> None:
+    engine = Engine(model, slots=3)
+    failing = engine.ask(prompt(8), Terms(GREEDY, 9, constraint=Failing([5, 6, 7, 8], 1)))
+    told = Told()
+    broken = engine.ask(prompt(3), Terms(GREEDY, 9), watch=Watch((3,), lambda *_: 1 / 0))
+    right = engine.ask(prompt(8), Terms(GREEDY, 9), watch=told.watch)
+    run(engine)
+    with pytest.raises(BackendError, match="MemoryError"):
+        list(failing)
+    with pytest.raises(BackendError, match="division"):
+        list(broken)
+    assert failing.tokens == [5, 6]
+    assert len(right.tokens) == 9
+    assert not engine.broken
+
+
+def test_whatever_ends_a_step_is_told_to_all_who_wait(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with Engine(model, slots=1) as engine:
+        monkeypatch.setattr(Engine, "_plan", failing)
+        request = engine.submit(prompt(3), GREEDY, 9)
+        with pytest.raises(BackendError, match="a bug"):
+            list(request)
+        assert engine.broken
+        with pytest.raises(BackendError, match="a bug"):
+            engine.submit(prompt(3), GREEDY, 9)
 
 
 def test_log_probabilities_are_of_the_model_and_not_of_the_sampling(model: Model) -> None:

@@ -3,6 +3,7 @@
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,31 @@ def test_health_tells_strangers_nothing(demo: Path) -> None:
             401,
             401,
         ]
+
+
+def test_health_lets_others_go_on(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the documents' records, which may be many and on a slow disk."""
+    begun, goes_on, chosen = threading.Event(), threading.Event(), Settings(threads=1)
+    models = Models([demo], chosen)
+
+    def entries() -> list[Any]:
+        begun.set()
+        assert goes_on.wait(_PATIENCE)
+        return []
+
+    monkeypatch.setattr(models, "entries", entries)
+    with (
+        TestClient(create_app(models, chosen), base_url="http://localhost") as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        health = pool.submit(client.get, "/health")
+        assert begun.wait(_PATIENCE)
+        other = pool.submit(client.get, "/api/version")
+        try:
+            assert other.result(_PATIENCE / 4).status_code == 200
+        finally:
+            goes_on.set()
+        assert health.result().json()["models"] == []
 
 
 def test_the_page_keeps_its_own_policy(here: TestClient) -> None:

@@ -6,8 +6,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from griffin_gguf.runtime.server import connection
 from griffin_gguf.runtime.server.guard import Gate, Guard, Stream, read_body
 from griffin_gguf.runtime.server.run import Server, bind
 from griffin_gguf.runtime.server.settings import Settings
@@ -25,6 +27,18 @@ _PATIENCE = 20.0  # seconds that a test waits at most for what must come
 SHORT = {"header_time": 0.4, "body_time": 0.4, "send_time": 0.4, "idle_time": 0.4}
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Counting(Gate):
+    """A gate that also counts who came."""
+
+    seen = 0
+
+    def __setattr__(self, name: str, value: int) -> None:
+        if name == "running" and value > getattr(self, name, 0):
+            self.__dict__["seen"] = self.seen + 1
+        super().__setattr__(name, value)
 
 
 class NoModels:
@@ -57,7 +71,7 @@ async def endless(request: Request) -> Response:
 def serve(**options: Any) -> Iterator[tuple[int, Starlette]]:
     """The app at a port, in a thread of its own."""
     chosen = Settings(port=0, **options)
-    gate, ready = Gate(), threading.Event()
+    gate, ready = Counting(), threading.Event()
     app = Starlette(
         routes=[Route("/", echo, methods=["GET", "POST"]), Route("/endless", endless)],
         middleware=[Middleware(Guard, settings=chosen, gate=gate)],
@@ -148,6 +162,50 @@ def test_a_body_a_byte_at_a_time() -> None:
     assert "body" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
+def test_a_body_in_tiny_chunks() -> None:
+    """A chunk costs what a small request does, a body's first thousand are had by everyone."""
+    with serve() as (port, _):
+        for chunks in (b"1\r\nx\r\n" * 100_000, b"400\r\n" + b"x" * 1024 + b"\r\n" + b"1\r\nx\r\n" * 100_000):
+            with connected(port) as client:
+                answer = sent(client, CHUNKED + chunks)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert status(head) == 400
+            assert b"connection: close" in head.lower()
+            assert "chunks" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1000), (64, 10_000), (65_536, 64)])
+def test_a_body_in_chunks(size: int, count: int) -> None:
+    chunk = b"%x\r\n" % size + b"x" * size + b"\r\n"
+    with serve() as (port, _), connected(port) as client:
+        for _ in range(2):  # each request's chunks are its own
+            client.sendall(CHUNKED + chunk * count + b"0\r\n\r\n")
+            answer = b""
+            while answer.count(b"x") < size * count:
+                answer += client.recv(65536)
+            assert status(answer) == 200
+
+
+def test_no_piece_of_what_comes_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of them others have their turn."""
+    sizes, take = list[int](), connection.H11Protocol.data_received
+    monkeypatch.setattr(
+        connection.H11Protocol, "data_received", lambda self, data: (sizes.append(len(data)), take(self, data))[1]
+    )
+    with serve() as (port, _), connected(port) as client:
+        client.sendall(POST % 10**6 + b"x" * 10**6)
+        assert status(client.recv(1000)) == 200
+    assert sum(sizes) == 10**6 + len(POST % 10**6)
+    assert max(sizes) <= 4096
+
+
+def sent(client: socket.socket, text: bytes) -> bytes:
+    """What the server says to `text`, of which it may not take all."""
+    with suppress(ConnectionResetError, BrokenPipeError):
+        client.sendall(text)
+    return everything(client)
+
+
 def test_silence() -> None:
     with serve(**SHORT) as (port, _):
         with connected(port) as client:
@@ -191,6 +249,38 @@ def test_a_client_that_asks_first_sends_no_body_in_vain() -> None:
         client.sendall((POST % 10**9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
         answer = everything(client)
     assert (status(answer), b"100 Continue" in answer) == (413, False)
+
+
+def test_nonsense_behind_a_request_that_is_being_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """One of the two answers is given, and neither in the middle of the other."""
+    with serve(max_body=10) as (port, _), connected(port) as client:
+        client.sendall(CHUNKED + b"400\r\n" + b"x" * 1024 + b"\r\nzz\r\n")
+        answer = everything(client)
+    assert answer.count(b"HTTP/1.1") == 1
+    assert status(answer) in (400, 413)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_body_that_never_comes_is_no_request_in_work() -> None:
+    """Its refusal waits a while for it; others are let in meanwhile."""
+    with serve(connections=2, api_key="right") as (port, app):
+        refused = [socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE) for _ in range(3)]
+        try:
+            for client in refused:
+                client.sendall((POST % 10).replace(b"POST / ", b"POST /endless "))
+            deadline = time.monotonic() + _PATIENCE
+            while app.state.gate.seen < len(refused):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with connected(port) as client:
+                client.sendall(GET)
+                assert status(client.recv(65536)) == 200
+            for client in refused:
+                client.sendall(b"x" * 10)
+                assert status(client.recv(65536)) == 401
+        finally:
+            for client in refused:
+                client.close()
 
 
 def test_headers_without_end() -> None:

@@ -225,7 +225,7 @@ def test_settings_do_not_show_the_key() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("port", -1), ("port", 65536), ("slots", 0), ("waiting", -1), ("cache_nbytes", -1), ("max_body", 0),
+        ("port", -1), ("port", 65536), ("slots", 0), ("slots", 513), ("waiting", -1), ("cache_nbytes", -1), ("max_body", 0),
         ("grace", -1.0), ("grace", float("nan")), ("api_key", ""), ("api_key", "a b "), ("api_key", "schlüssel"),
         ("api_key", "a\nb"),
         ("allow_hosts", ("http://x",)), ("allow_origins", ("example.org",)), ("allow_origins", ("https://x/y",)),
@@ -325,8 +325,12 @@ def test_bodies_are_logged_only_if_asked(caplog: pytest.LogCaptureFixture) -> No
         (b'{"model":"m","weight":NaN}', "JSON"), (b'{"model":"m","weight":Infinity}', "JSON"),
         (b'{"model":"\xff"}', "UTF-8"), (b'{"model":"\\ud800"}', "JSON"), (b'{"model":"\\udc00\\ud800"}', "JSON"),
         (b'{"model":"a\nb"}', "JSON"), (b'{"model":"m","options":[]}', "options"),
-        (b"[" * 10**6, "body"), (b'{"x":' + b"[" * 10**5 + b"]" * 10**5 + b"}", "deeply"),
-        (b'{"model":"m","options":{"a":' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5 + b"}}", "deeply"),
+        (b"[" * 10**6, "body"), (b'{"x":' + b"[" * 10**4 + b"]" * 10**4 + b"}", "deeply"),
+        (b'{"model":"m","options":{"a":' + b'{"a":' * 10**4 + b"1" + b"}" * 10**4 + b"}}", "deeply"),
+        (b'{"model":"m","options":{"a":[' + b"[]," * 10**5 + b"0]}}", "at most 100000 objects, arrays and strings"),
+        (b'{"model":"m","options":{"a":[' + b"{}," * 10**5 + b"0]}}", "at most 100000 objects, arrays and strings"),
+        (b'{"model":"m","options":{' + b'"a":0,' * 10**5 + b'"b":0}}', "at most 100000 objects, arrays and strings"),
+        (b'{"model":"\\\\","new":[' + b'"\\"[",' * 10**5 + b"0]}", "at most 100000 objects, arrays and strings"),
         (b'{"model":"m"', "JSON"), (b"--frontier\r\nContent-Disposition: form-data", "JSON"), (b"model=m", "JSON"),
     ],
 )  # fmt: skip
@@ -337,6 +341,12 @@ def test_what_is_no_such_json_is_said_in_a_line(body: bytes, says: str) -> None:
     assert says in refused.value.message
     assert "\n" not in refused.value.message
     assert len(refused.value.message) < 200
+
+
+@pytest.mark.parametrize("unit", ["{[", '"', "\\", '\\"', '["\\'])
+def test_what_a_string_holds_does_not_count(unit: str) -> None:
+    body = json.dumps({"model": unit * 200_000, "options": {unit: [unit] * 1000}}).encode()
+    assert parse(body, Wanted) == Wanted(unit * 200_000, options={unit: [unit] * 1000})
 
 
 def test_unknown_fields_are_passed_over_and_the_last_of_two_counts() -> None:

@@ -12,7 +12,7 @@ from served_models import NAME, PLAIN, write_models
 
 from griffin_gguf.runtime import documents, load
 from griffin_gguf.runtime.chat import Message
-from griffin_gguf.runtime.errors import FileFormatError, UnsupportedError
+from griffin_gguf.runtime.errors import BackendError, FileFormatError, UnsupportedError
 from griffin_gguf.runtime.model import Model
 from griffin_gguf.runtime.places import VARIABLE
 from griffin_gguf.runtime.reading import Part
@@ -111,6 +111,8 @@ def test_two_files_of_one_name_and_files_that_are_none_are_refused(paths: list[P
     other.write_bytes(paths[0].read_bytes())
     with pytest.raises(UnsupportedError, match="expected another one"):
         Models([paths[0], other], settings())
+    with pytest.raises(UnsupportedError, match="expected no @"):
+        Models([other.rename(tmp_path / "a@b.gguf")], settings())
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(FileFormatError):
         Models([tmp_path / "bad.gguf"], settings())
@@ -245,6 +247,26 @@ def test_a_document_stands_before_every_prompt(paths: list[Path], fed: list[int]
     served(paths, use)
 
 
+def test_a_conversation_behind_a_plain_document_is_read_once(paths: list[Path]) -> None:
+    with load(paths[0], threads=1) as model:
+        documents.read(model, [Part.text("story.txt", "Call me Ishmael. " * 40)], "story", "text")
+
+    async def use(models: Models) -> None:
+        async with models.use(f"{NAME}@story") as one:
+            turns = [user("Who are you?")]
+            for _ in range(3):
+                answer, reply = await say(one, turns)
+                before = one.chat(turns).tokens
+                turns += [assistant(answer), user("And then?")]
+                after = one.chat(turns).tokens
+                assert after[: len(before)] == before
+                assert after[len(before) :][: len(reply.tokens)] == reply.tokens
+            _, last = await say(one, turns)
+            assert last.prompt_tokens - last.cached_tokens <= 24
+
+    served(paths, use)
+
+
 def test_a_model_without_a_template_completes(paths: list[Path]) -> None:
     async def use(models: Models) -> None:
         async with models.use(PLAIN) as one:
@@ -283,6 +305,39 @@ def test_models_stay_as_long_as_they_are_told(paths: list[Path]) -> None:
             if not models.loaded():
                 return
         raise AssertionError("the model stays")
+
+    served(paths, use)
+
+
+def test_a_model_that_is_pinned_stays_so(paths: list[Path]) -> None:
+    async def use(models: Models) -> None:
+        async with models.use(NAME, -1):
+            pass
+        async with models.use(NAME):
+            pass
+        assert models.loaded()[0].expires is None
+        await models.unload(NAME)
+        async with models.use(NAME):
+            pass
+        assert models.loaded()[0].expires is not None
+
+    served(paths, use)
+
+
+def test_a_model_whose_device_has_failed_is_loaded_anew(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise BackendError("the device is gone")
+
+    async def use(models: Models) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "forward_batch", failing)
+            async with models.use(NAME) as one:
+                with pytest.raises(ApiError, match="the device is gone") as caught:
+                    await say(one, [user("Hello")])
+                assert caught.value.status == 500
+        assert not models.loaded()
+        async with models.use(NAME) as one:
+            await say(one, [user("Hello")])
 
     served(paths, use)
 

@@ -34,6 +34,9 @@ PROMPT = "Tell me about the sea."
 TEXT = "Once there was a little"
 MOST = 12
 
+#: What differs between two answers that say the same.
+OWN: dict[str, Any] = {"id": "", "created": 0, "usage": None}
+
 #: What a request gets where it asks for nothing.
 DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -284,6 +287,14 @@ def test_json_of_a_schema(client: httpx.Client) -> None:
     assert text_of(chat(client, response_format={"type": "text"})) == text_of(chat(client))
 
 
+def test_a_completion_is_json_of_a_schema_too(client: httpx.Client) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 99, "minimum": 0}, "minItems": 2, "maxItems": 2}
+    wanted = {"type": "json_schema", "json_schema": {"name": "pair", "schema": schema}}
+    found = complete(client, response_format=wanted, max_tokens=100)["choices"][0]
+    assert found["finish_reason"] == "stop"
+    assert [0 <= number <= 99 for number in json.loads(found["text"])] == [True, True]
+
+
 # How tokens are chosen, and where an answer ends
 
 
@@ -332,6 +343,16 @@ def test_how_long_an_answer_may_be(client: httpx.Client) -> None:
     }
     assert chat(client, max_tokens=3, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
     assert chat(client, max_tokens=None)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_minus_one_is_none_as_other_servers_clients_have_it(client: httpx.Client) -> None:
+    assert chat(client, max_tokens=-1) | OWN == chat(client, max_tokens=None) | OWN
+    assert chat(client, max_completion_tokens=-1, max_tokens=3) | OWN == chat(client, max_tokens=None) | OWN
+    asked = Asked.of(CompletionRequest(model=NAME, max_tokens=-1))
+    assert asked.wish(0, 8192).max_tokens == 81920
+    assert Asked.of(CompletionRequest(model=NAME)).wish(0, 8192).max_tokens == 16
+    body = {"temperature": 1, "seed": 4}
+    assert complete(client, top_k=-1, **body)["choices"] == complete(client, top_k=0, **body)["choices"]
 
 
 def test_a_stop_string_ends_an_answer(client: httpx.Client) -> None:
@@ -477,6 +498,7 @@ def test_a_completions_logprobs_lie_over_its_text(client: httpx.Client, alone: A
 
 
 CHAT, TEXTS, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TEXT_PART = {"type": "text", "text": ""}
 PICTURE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
 
 #: Path, what is asked for, the field at fault and a word of the message.
@@ -493,11 +515,16 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"top_p": 1.5}, "top_p", "at most 1"),
     (CHAT, {"presence_penalty": 2.5}, "presence_penalty", "from -2 to 2"),
     (CHAT, {"frequency_penalty": -2.5}, "frequency_penalty", "from -2 to 2"),
-    (CHAT, {"max_tokens": -1}, "max_tokens", "at least 0"),
+    (CHAT, {"max_tokens": -2}, "max_tokens", "at least 0, or -1 for no limit, found -2"),
+    (CHAT, {"max_completion_tokens": -2}, "max_completion_tokens", "found -2"),
+    (CHAT, {"top_k": -2}, "top_k", "at least 0, found -2"),
+    (CHAT, {"messages": user() * 10_001}, "messages", "length <= 10000"),
+    (CHAT, {"messages": [{"role": "user", "content": [TEXT_PART] * 5001}] * 2}, "messages", "at most 10000 parts"),
     (CHAT, {"n": 0}, "n", "from 1 to 32"),
     (CHAT, {"n": 33}, "n", "found 33"),
     (CHAT, {"stop": [""]}, "stop", "empty"),
     (CHAT, {"stop": ["a"] * 65}, "stop", "at most 64"),
+    (CHAT, {"stop": ["a"] * 100_000}, "stop", "at most 64"),
     (CHAT, {"top_logprobs": 3}, "top_logprobs", "logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
@@ -513,6 +540,10 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXTS, {"prompt": ["a", 3]}, "prompt", "found both"),
     (TEXTS, {"prompt": [3, -1]}, "prompt", "found -1"),
     (TEXTS, {"prompt": ["a"] * 20, "n": 2}, "prompt", "at most 32"),
+    (TEXTS, {"prompt": ["a"] * 100_000}, "prompt", "at most 32"),
+    (TEXTS, {"prompt": [[1]] * 100_000}, "prompt", "at most 32"),
+    (TEXTS, {"prompt": [1, "a"]}, "prompt", "found both"),
+    (TEXTS, {"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
     (TEXTS, {"prompt": "a", "echo": True}, "echo", "not supported"),
     (TEXTS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     (TEXTS, {"prompt": "a", "best_of": 3}, "best_of", "found 3"),
