@@ -1,4 +1,4 @@
-"""What a server reads of a conversation: tokens, and time to the first of each answer, with the prompt cache and without.
+"""What a server reads of a conversation: tokens, and time to the first of each answer, with the cache and without.
 
 python benchmarks/prompt_cache.py MODEL.gguf [--tokens 1000] [--turns 4] [--threads 2]
 

@@ -29,7 +29,6 @@ from griffin_gguf.runtime.speculate import Speculation
 from griffin_gguf.runtime.state import CHUNK
 from griffin_gguf.runtime.tokenizer import StreamDecoder, Tokenizer
 
-
 _NONE = (np.empty(0, np.intp), np.empty(0, np.int32))  # ids, and how often each is there
 
 
@@ -198,17 +197,22 @@ class _Counts:
         self._window = None if window is None else deque(tokens, window)
         counted = tokens if self._window is None else self._window
         self._counts = np.bincount(np.fromiter(counted, np.intp), minlength=vocab).astype(np.int32)  # [V]
+        self._there = self._counts > 0  # of a byte each, looked through in no time
 
     def add(self, token: int) -> None:
         if self._window is not None:
             if len(self._window) == self._window.maxlen:
-                self._counts[self._window[0]] -= 1
+                self._count(self._window[0], -1)
             self._window.append(token)
-        self._counts[token] += 1
+        self._count(token, 1)
+
+    def _count(self, token: int, more: int) -> None:
+        self._counts[token] += more
+        self._there[token] = self._counts[token] > 0
 
     def found(self) -> tuple[Ids, NDArray[np.int32]]:
         """The ids that are there at all, ascending, and how often each is."""
-        ids = np.flatnonzero(self._counts)
+        ids = np.flatnonzero(self._there)
         return ids, self._counts[ids]
 
 

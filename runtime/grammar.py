@@ -5,7 +5,8 @@ token, so that whatever the vocabulary makes of a text, the text is right after 
 holds, a JSON parser reads and the schema allows; an answer that `max_tokens` cuts is a beginning of such a text.
 
 A schema is a stranger's. Its size and depth are looked at first, then `grammar_worker.py` compiles it in a process
-with limits, and only what that one could do is compiled here. While it runs, llguidance's own limits bound each step.
+with limits and walks along a few texts, and only what that one could do is compiled here. While it runs, llguidance's
+own limits bound each step.
 """
 
 import json
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 17  # of a schema as JSON
 MAX_DEPTH = 64  # values within values
+MAX_OPTIONAL = 900  # properties of one object that may be left out: any of them may come next
 
 #: Between two tokens of JSON: nothing, a space, or new lines and an indentation, as llama.cpp's grammars have it. A
 #: model may lay out its answer as it learned to, but none can go on with blanks for ever.
@@ -48,9 +50,12 @@ _OPTIONS: dict[str, Any] = {
     "json_allow_general_unicode_escapes": False,
 }
 
-#: Of llguidance's limits, what is not its default. A state takes 1 to 2 kB. Lexemes that are computed beforehand for
-#: every token would make compiling depend on the vocabulary.
+#: Of llguidance's limits, what is not its default. A row has 4 items for each property that may come next; with
+#: `MAX_OPTIONAL` of them the longest step takes some 20 ms for a vocabulary of 256,000. A state takes 1 to 2 kB.
+#: Lexemes that are computed beforehand for every token would make compiling depend on the vocabulary.
 _LIMITS: dict[str, Any] = {
+    "max_items_in_row": 4_000,
+    "step_max_items": 200_000,
     "max_lexer_states": 50_000,
     "precompute_large_lexemes": False,
     "verbose_errors": False,  # they would repeat the schema
@@ -132,6 +137,8 @@ def _checked(schema: dict[str, Any] | bool) -> str:
         seen += len(level)
         if seen > MAX_BYTES:
             raise _too_large()
+        if any(_optional(value) > MAX_OPTIONAL for value in level):
+            raise UnsupportedError(f"schema: expected at most {MAX_OPTIONAL} properties that an object may leave out")
         level = [inner for value in level for inner in _inner(value)]
         if not level:
             break
@@ -151,6 +158,16 @@ def _inner(value: Any) -> Collection[Any]:
     if isinstance(value, dict):
         return cast("dict[str, Any]", value).values()
     return cast("list[Any]", value) if isinstance(value, list) else ()
+
+
+def _optional(value: Any) -> int:
+    """How many properties an object that is a schema names and does not ask for."""
+    schema = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    named, required = schema.get("properties"), schema.get("required")
+    if not isinstance(named, dict):
+        return 0
+    asked = cast("list[Any]", required) if isinstance(required, list) else []
+    return len(cast("dict[str, Any]", named).keys() - {name for name in asked if isinstance(name, str)})
 
 
 def _too_large() -> UnsupportedError:
@@ -233,6 +250,6 @@ class _Vocabulary:
 
 def _one_line(reason: str) -> str:
     """A message of llguidance's fit for an error: printable, on one line, bounded, no advice to programmers."""
-    reason = reason.removesuffix("\n<non-verbose/>").partition(". Enable '")[0]
+    reason = reason.removesuffix("\n<non-verbose/>").partition(". Enable '")[0].partition("; consider ")[0]
     line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
     return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + "…"

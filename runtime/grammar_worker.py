@@ -4,20 +4,28 @@ A schema came with somebody's request, and llguidance bounds what it compiles on
 a multiple of 62615533, or some hundred patterns for names of properties, keep it busy for minutes, and no other
 thread can end that. A process has limits that hold.
 
+What compiles can still be too much to follow: an object of thousands of properties that may all come next. So random
+texts are begun, as a model would say them.
+
 Reads one JSON object from stdin: `schema` (text), and the `options` and `limits` for llguidance. Writes one to
-stdout: `problem`, empty for a schema that compiled and that some text satisfies. Ends by a signal where the time is
-over. Imports nothing but llguidance and the standard library.
+stdout: `problem`, empty for a schema that compiled, that some text satisfies, and of which these texts could be
+followed. Ends by a signal where the time is over. Imports nothing but llguidance and the standard library.
 """
 
 import json
+import random
 import resource
 import signal
 import sys
+import time
 from typing import Any
 
 import llguidance
 
 CPU_SECONDS = 1.0
+WALKING_SECONDS = 0.25  # of them; what is not come to then is left to llguidance's own limits
+WALKS, STEPS = 4, 200  # texts, bytes of each
+FORM = frozenset(b'"{}[],:')
 MEMORY = 1 << 30  # bytes of address space
 
 
@@ -45,7 +53,29 @@ def problem(schema: str, options: Any, limits: dict[str, Any]) -> str:
     if matcher.is_error():
         return matcher.get_error()
     matcher.compute_bitmask()  # shows whether a text can begin at all
-    return "no text satisfies it" if matcher.is_error() else ""
+    return "no text satisfies it" if matcher.is_error() else obstacle(matcher)
+
+
+def obstacle(matcher: llguidance.LLMatcher) -> str:
+    """What keeps llguidance from going on within one of some texts; empty where nothing does."""
+    draw, end = random.Random(0), time.process_time() + WALKING_SECONDS
+    for _ in range(WALKS):
+        walk = matcher.deep_copy()
+        for _ in range(STEPS):
+            allowed = bytes_of(walk.compute_bitmask())
+            if not allowed or walk.is_error() or time.process_time() > end:
+                break
+            # Half of the time what begins, parts or ends something, so that a text gets anywhere.
+            form = [byte for byte in allowed if byte in FORM]
+            walk.consume_token(draw.choice(form if form and draw.random() < 0.5 else allowed))
+        if walk.is_error():
+            return walk.get_error()
+    return ""
+
+
+def bytes_of(mask: bytes) -> list[int]:
+    """The bytes of which `mask` has a bit: those that may come next."""
+    return [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
 
 
 def main() -> None:

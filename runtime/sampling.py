@@ -53,7 +53,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Said:
-    """What the penalties look at: distinct `recent` tokens; those of the `answer` and, of each, how often it is there.
+    """What the penalties look at: `recent` tokens; those of the `answer`, each once, and how often it is there.
 
     Whoever samples a long text token by token keeps these, rather than go through all of it each time.
     """
@@ -72,7 +72,7 @@ def pick(
     those of the answer alone. Raises `GriffinError` for logits no token can be chosen by: NaN, +inf, or -inf
     throughout.
     """
-    last = np.unique(np.asarray(_last(recent, sampling.repeat_last_n), np.intp))
+    last = np.asarray(_last(recent, sampling.repeat_last_n), np.intp)
     return choose(logits, Said(last, *_counted(answer)), sampling, rng)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -185,6 +186,8 @@ def serve(
         devices=parse_devices(device, layers_on),
         log_prompts=log_prompts,
     )
+    if cache_dir is not None:
+        _make_folder(cache_dir)
     with bind(settings) as bound:
         models = Models(paths, settings)
         _log_to_stderr()
@@ -197,6 +200,18 @@ def _check_extra() -> None:
 
     if absent := [name for name in _EXTRA if find_spec(name) is None]:
         raise UnsupportedError(f"serve needs {', '.join(absent)}: pip install 'griffin-gguf[server]'")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the cache's folder, for its owner alone, and see that files can be written there."""
+    from griffin_gguf.runtime.errors import GriffinError
+
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise GriffinError(f"--cache-dir {folder}: cannot be written to: {error.strerror}") from None
 
 
 def _seconds(text: str) -> float:

@@ -85,7 +85,6 @@ class Reply:
     ) -> None:
         self._ground, self._prompt, self._wish, self._on_end = ground, prompt, wish, on_end
         self._changed = asyncio.Event()
-        self._told = 0  # log probabilities that were given out
         self._request: Request | None = None
         self.prompt_tokens = self.cached_tokens = ground.read
         self.prompt_tokens += len(prompt.tokens)
@@ -121,10 +120,8 @@ class Reply:
             self._changed.clear()
             done = request.done  # before the pieces: what comes after is seen the next time
             text = "".join(request.pieces.popleft() for _ in range(len(request.pieces)))
-            logprobs = request.logprobs[self._told :]
-            if text or (done and logprobs):
-                self._told += len(logprobs)
-                yield Piece(text, logprobs)
+            if text or (done and request.logprobs):
+                yield Piece(text, request.take_logprobs())
             if done:
                 break
             if not request.pieces:

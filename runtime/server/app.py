@@ -3,6 +3,7 @@
 import contextvars
 import logging
 import time
+from asyncio import to_thread
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ async def _health(request: Request) -> Response:
     if has_key(request.headers, key.encode() if key is not None else None):
         models: Models = request.app.state.models
         status["loaded"] = [one.entry.name for one in models.loaded()]
-        status["models"] = [entry.name for entry in models.entries()]
+        status["models"] = [entry.name for entry in await to_thread(models.entries)]  # documents' records are read
     return Response(msgspec.json.encode(status), media_type="application/json")
 
 

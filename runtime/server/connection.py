@@ -1,22 +1,31 @@
-"""One client's connection: uvicorn's, with bounds on time.
+"""One client's connection: uvicorn's, with bounds on time, and on what is read of it before others have their turn.
 
 uvicorn limits how long a connection may idle between requests, nothing else. Here a client has `header_time` from its
 first byte to the end of a request's headers, and `send_time` to take what was written for it, however slowly either
 trickles; and of connections there are at most twice as many as `connections` lets ask at once. (A body's time is
 `guard.read_body`'s, which can say so in the shape of the interface that was asked.)
+
+All that came in one piece is parsed in one go, before anybody is asked for a key: so pieces are small, and a body may
+not come in chunks of a byte or two, each of which costs as much as one of many.
 """
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from griffin_gguf.runtime.server.settings import Settings
 
 #: Connections for each request that may be in work.
 _CONNECTIONS = 2
+
+#: Bytes taken from a socket at once.
+_PIECE = 4096
+
+#: Chunks that a body may have, of any size, and the bytes that each beyond them takes, on average.
+_CHUNKS, _CHUNK = 1024, 32
 
 
 def protocol(settings: Settings) -> type[H11Protocol]:
@@ -24,11 +33,36 @@ def protocol(settings: Settings) -> type[H11Protocol]:
     return type("Connection", (_Connection,), {"settings": settings})
 
 
+class _Messages(h11.Connection):
+    """What a client says, as h11 has it; `next_event` also raises `h11.RemoteProtocolError` for tiny chunks."""
+
+    tiny_chunks = False
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, most)
+        self._chunks = self._nbytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What comes next."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._nbytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._nbytes += len(event.data)
+            if self._chunks > _CHUNKS + self._nbytes // _CHUNK:
+                self.tiny_chunks = True
+                raise h11.RemoteProtocolError("tiny chunks")
+        return event
+
+
 class _Connection(H11Protocol):
     settings: Settings
+    conn: _Messages
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn = _Messages(self.settings.max_header)
         self._head: asyncio.TimerHandle | None = None
         self._taken: asyncio.TimerHandle | None = None
 
@@ -38,6 +72,8 @@ class _Connection(H11Protocol):
         if len(self.connections) > _CONNECTIONS * self.settings.connections:
             transport.abort()
             return
+        if hasattr(transport, "max_size"):  # where asyncio itself reads the socket
+            transport.max_size = _PIECE  # type: ignore[attr-defined]
         transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every byte that is not taken at once
         self._head = self.loop.call_later(self.settings.header_time, self._too_slow)
 
@@ -68,8 +104,9 @@ class _Connection(H11Protocol):
         self._taken = _stopped(self._taken)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
-        self._refuse(400, msg)
+        """Refuse what is no HTTP, or one of tiny chunks."""
+        tiny = f"body: expected chunks of at least {_CHUNK} bytes, on average"
+        self._refuse(400, tiny if self.conn.tiny_chunks else msg)
 
     def _watch_head(self) -> None:
         """Let the time run while a request's headers have begun and not ended."""
@@ -93,6 +130,9 @@ class _Connection(H11Protocol):
             ]
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if cycle := cast("RequestResponseCycle | None", self.cycle):  # whoever makes another answer is not to give it
+            cycle.disconnected = True
+            cycle.message_event.set()
         self.transport.close()
 
 

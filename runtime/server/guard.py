@@ -60,6 +60,9 @@ _LONGEST_PATH = 100  # characters of it in the log
 #: What is read of a body that nobody wants, so that its client gets to read the answer: a share of `max_body`, seconds.
 _DRAIN_SHARE, _DRAIN_TIME = 8, 2.0
 
+#: Objects, arrays and strings that a body may hold: a million of them stop everything for a second.
+_VALUES = 150_000
+
 
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises `ApiError`: 413 for one too long, 415 for a packed one, 408 for one too slow."""
@@ -91,6 +94,8 @@ def parse(body: bytes, kind: type[T]) -> T:
     """The JSON of a body as a `kind`. Raises `ApiError` 400, which names the field; unknown fields are passed over."""
     if not body.strip():
         raise ApiError(400, "body: expected JSON, found nothing")
+    if _values(body) > _VALUES:
+        raise ApiError(400, f"body: expected at most {_VALUES} objects, arrays and strings")
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -102,6 +107,22 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise ApiError(400, f"body: expected JSON: {problem}") from None
     except RecursionError:
         raise ApiError(400, "body: expected JSON nested less deeply") from None
+
+
+def _values(body: bytes) -> int:
+    """How many objects, arrays and strings some JSON holds, or more where even that is at most `_VALUES`."""
+    most = _count(body)
+    if most <= _VALUES:
+        return most
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # now every quote begins or ends a string
+    strings = plain.count(b'"') // 2
+    if strings > _VALUES:
+        return strings
+    return strings + _count(b"".join(plain.split(b'"')[::2]))
+
+
+def _count(text: bytes) -> int:
+    return text.count(b"{") + text.count(b"[") + text.count(b'"') // 2
 
 
 async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
@@ -170,7 +191,7 @@ def openai_error(error: ApiError) -> dict[str, dict[str, str | None]]:
 class Gate:
     """What all requests share. With `closing` no more are let in."""
 
-    running: int = 0
+    running: int = 0  # requests in work; not those that only wait for the rest of a body that nobody wants
     closing: bool = False
 
 
@@ -187,7 +208,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = _Exchange(headers, receive, send, self._settings)
+        exchange = _Exchange(headers, receive, send, self._settings, self._gate)
         self._gate.running += 1
         try:
             self._check_sender(headers)
@@ -315,8 +336,8 @@ def _told(error: BaseException, *, texts: bool) -> str:
 class _Exchange:
     """One request on its way: sees to what every answer has, and to a body that is left unread."""
 
-    def __init__(self, headers: Headers, receive: Receive, send: Send, settings: Settings) -> None:
-        self._receive, self._send, self._settings = receive, send, settings
+    def __init__(self, headers: Headers, receive: Receive, send: Send, settings: Settings, gate: Gate) -> None:
+        self._receive, self._send, self._settings, self._gate = receive, send, settings, gate
         self._more = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self._expects = "expect" in headers  # the client waits for a word before it sends its body
         self.origin: str | None = None  # once it is an allowed one
@@ -348,9 +369,12 @@ class _Exchange:
     async def _drain(self) -> None:
         """Read what is left of the body, within bounds: of a connection closed on it, the answer may get lost."""
         left = _DRAIN_SHARE * self._settings.max_body
+        self._gate.running -= 1
         try:
             async with asyncio.timeout(_DRAIN_TIME):
                 while self._more and not self._expects and left > 0:
                     left -= len((await self.receive()).get("body", b""))
         except TimeoutError:
             return
+        finally:
+            self._gate.running += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.model import BackendName
+from griffin_gguf.runtime.state import CHUNK
 
 #: The port that Ollama's clients try first.
 PORT = 11434
@@ -27,7 +28,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()  # names beside loopback's that a Host header may have
     allow_origins: tuple[str, ...] = ()  # origins beside loopback's whose pages may ask; "*": all
 
-    slots: int = 8  # answers at once, of each model
+    slots: int = 8  # answers at once, of each model; at most 512
     waiting: int = 64  # requests that may wait for a slot, of each model
     cache_nbytes: int = 256 * 2**20  # snapshots in memory, of each model; 0: no cache
     cache_folder: Path | None = None  # where snapshots that left memory are kept; None: nowhere
@@ -53,8 +54,9 @@ class Settings:
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise UnsupportedError(f"{name}: expected at least {low:g}, found {getattr(self, name)}")
-        if self.port > 65535:
-            raise UnsupportedError(f"port: expected at most 65535, found {self.port}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise UnsupportedError(f"{name}: expected at most {most}, found {getattr(self, name)}")
         for name in self.allow_hosts:
             if not _NAME.fullmatch(name):
                 raise UnsupportedError(f"allow_hosts: expected a name such as griffin.example.org, found {name!r}")
@@ -91,6 +93,12 @@ _LEAST: dict[str, float] = {
     "idle_time": 0,
     "send_time": 0.1,
     "grace": 0,
+}
+
+#: Field -> its largest value.
+_MOST: dict[str, int] = {
+    "port": 65535,
+    "slots": CHUNK,  # a step takes so many tokens
 }
 
 

@@ -168,7 +168,6 @@ def test_a_folder_that_cannot_hold_the_cache(model: Path, tmp_path: Path) -> Non
     for folder in (file, file / "below", Path("/proc/self")):
         said = refused("serve", model, "--port", "0", "--cache-dir", folder)
         assert f"--cache-dir {folder}: " in said
-        assert said.count("\n") == 1
 
 
 def test_the_folder_of_the_cache_is_made_at_the_start_for_its_owner_alone(model: Path, tmp_path: Path) -> None:

@@ -360,8 +360,9 @@ def test_a_constrained_request_changes_no_other(model: Model, asked: list[int], 
 def test_a_schema_that_becomes_too_much_ends_its_own_request_alone(
     model: Model, ends: frozenset[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(grammar._LIMITS, "max_lexer_states", 60)
     schema = {"type": "string", "pattern": "^.*a.{30}$"}
+    json_constraint(model.tokenizer, schema, ends)  # it has been examined, and its beginnings were no trouble
+    monkeypatch.setitem(grammar._LIMITS, "max_lexer_states", 60)
     tokens = model.tokenizer.encode("The fox said")
     with Engine(model, slots=2) as engine:
         walk = json_constraint(model.tokenizer, schema, ends)
@@ -381,6 +382,11 @@ def nested(depth: int) -> Any:
     for _ in range(depth // 2):
         schema = {"properties": {"a": schema}}
     return schema
+
+
+def optional(count: int, name: str = "p") -> dict[str, Any]:
+    """Of so many properties any may come next."""
+    return {"type": "object", "properties": {f"{name}{i}": {"type": "integer"} for i in range(count)}}
 
 
 def hostile() -> dict[str, tuple[Any, str]]:
@@ -414,6 +420,12 @@ def hostile() -> dict[str, tuple[Any, str]]:
         "large": ({"enum": [f"value{i}" for i in range(MAX_BYTES // 10)]}, f"at most {MAX_BYTES} bytes"),
         "large before it is written": (twice, f"at most {MAX_BYTES} bytes"),
         "deep": (nested(MAX_DEPTH + 2), f"at most {MAX_DEPTH} values within values"),
+        "many properties": (optional(901), "at most 900 properties that an object may leave out"),
+        "many properties within": (
+            {"type": "object", "properties": {"a": {"type": "array", "items": optional(901)}}},
+            "at most 900 properties that an object may leave out",
+        ),
+        "many properties of several": ({"allOf": [optional(600), optional(600, "q")]}, " items; max is 4000"),
         "not a number": ({"const": float("nan")}, "is no JSON"),
         "no JSON": ({"const": {1, 2}}, "is no JSON"),
         "no Unicode": ({"const": "\ud800"}, "cannot be followed"),
@@ -446,6 +458,9 @@ def test_a_schema_that_cannot_be_followed_is_one_line(name: str) -> None:
         {"type": "string", "pattern": "^(((a{1,100}){1,100}){1,100}){1,100}$"},
         {"type": "string", "pattern": "^(x+x+)+y$"},
         {"enum": [f"value{i}" for i in range(5000)]},
+        optional(500),
+        optional(900) | {"additionalProperties": False},
+        optional(1100) | {"required": [f"p{i}" for i in range(0, 1100, 2)]},
         nested(MAX_DEPTH - 2),
         {"$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i - 1}"}] * 2} for i in range(1, 40)} | {}, "type": "null"},
         {"type": "object", "properties": {"child": {"$ref": "#"}}},

@@ -178,11 +178,16 @@ class Failing(Only):
         return super().allow(logits)
 
 
+def divide(request: Request, count: int, snapshot: Snapshot) -> None:
+    """What nobody expects of a watch."""
+    _ = count / 0
+
+
 def test_what_fails_in_one_answer_ends_that_one(model: Model) -> None:
     engine = Engine(model, slots=3)
     failing = engine.ask(prompt(8), Terms(GREEDY, 9, constraint=Failing([5, 6, 7, 8], 1)))
     told = Told()
-    broken = engine.ask(prompt(3), Terms(GREEDY, 9), watch=Watch((3,), lambda *_: 1 / 0))
+    broken = engine.ask(prompt(3), Terms(GREEDY, 9), watch=Watch((3,), divide))
     right = engine.ask(prompt(8), Terms(GREEDY, 9), watch=told.watch)
     run(engine)
     with pytest.raises(BackendError, match="MemoryError"):

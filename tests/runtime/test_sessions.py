@@ -192,7 +192,7 @@ def test_a_crash_between_two_writes_loses_nothing(model: Any, monkeypatch: pytes
 def test_what_could_not_be_written_is_written_the_next_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = begun(model, "work", "Hello.")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise GriffinError("session.json: cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:

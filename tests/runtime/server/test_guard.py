@@ -225,9 +225,9 @@ def test_settings_do_not_show_the_key() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("port", -1), ("port", 65536), ("slots", 0), ("slots", 513), ("waiting", -1), ("cache_nbytes", -1), ("max_body", 0),
-        ("grace", -1.0), ("grace", float("nan")), ("api_key", ""), ("api_key", "a b "), ("api_key", "schlüssel"),
-        ("api_key", "a\nb"),
+        ("port", -1), ("port", 65536), ("slots", 0), ("slots", 513), ("waiting", -1), ("cache_nbytes", -1),
+        ("max_body", 0), ("grace", -1.0), ("grace", float("nan")), ("api_key", ""), ("api_key", "a b "),
+        ("api_key", "schlüssel"), ("api_key", "a\nb"),
         ("allow_hosts", ("http://x",)), ("allow_origins", ("example.org",)), ("allow_origins", ("https://x/y",)),
     ],
 )  # fmt: skip
@@ -327,10 +327,10 @@ def test_bodies_are_logged_only_if_asked(caplog: pytest.LogCaptureFixture) -> No
         (b'{"model":"a\nb"}', "JSON"), (b'{"model":"m","options":[]}', "options"),
         (b"[" * 10**6, "body"), (b'{"x":' + b"[" * 10**4 + b"]" * 10**4 + b"}", "deeply"),
         (b'{"model":"m","options":{"a":' + b'{"a":' * 10**4 + b"1" + b"}" * 10**4 + b"}}", "deeply"),
-        (b'{"model":"m","options":{"a":[' + b"[]," * 10**5 + b"0]}}", "at most 100000 objects, arrays and strings"),
-        (b'{"model":"m","options":{"a":[' + b"{}," * 10**5 + b"0]}}", "at most 100000 objects, arrays and strings"),
-        (b'{"model":"m","options":{' + b'"a":0,' * 10**5 + b'"b":0}}', "at most 100000 objects, arrays and strings"),
-        (b'{"model":"\\\\","new":[' + b'"\\"[",' * 10**5 + b"0]}", "at most 100000 objects, arrays and strings"),
+        (b'{"model":"m","options":{"a":[' + b"[]," * 150_000 + b"0]}}", "at most 150000 objects, arrays and strings"),
+        (b'{"model":"m","options":{"a":[' + b"{}," * 150_000 + b"0]}}", "at most 150000 objects, arrays and strings"),
+        (b'{"model":"m","options":{' + b'"a":0,' * 150_000 + b'"b":0}}', "at most 150000 objects, arrays and strings"),
+        (b'{"model":"\\\\","new":[' + b'"\\"[",' * 150_000 + b"0]}", "at most 150000 objects, arrays and strings"),
         (b'{"model":"m"', "JSON"), (b"--frontier\r\nContent-Disposition: form-data", "JSON"), (b"model=m", "JSON"),
     ],
 )  # fmt: skip
