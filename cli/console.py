@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["cell", "clean", "complain", "err", "note", "out", "print_json", "size", "table"]
+__all__ = ["cell", "clean", "complain", "err", "note", "only_cut", "out", "print_json", "size", "table"]
 
 #: Columns to lay tables out for where the output is no terminal: nothing is cut off in a pipe or a file.
 _PIPE_WIDTH = 200
@@ -68,3 +68,21 @@ def table(*columns: str, right: tuple[str, ...] = (), tight: bool = False) -> "T
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return made
+
+
+def only_cut(rows: "Table", *columns: str) -> None:
+    """Let only these columns of a filled table be cut where a terminal is narrow: all others are what is looked for.
+
+    Print it with `crop=False`, so that a line that is too long even then is broken, and nothing of it lost.
+    """
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    for column in rows.columns:
+        if column.header not in columns:
+            column.min_width = max(cell_len(str(value)) for value in (column.header, *column.cells))
+            continue
+        column.no_wrap = False  # rich takes from such columns first, and then from all alike
+        for value in column.cells:
+            if isinstance(value, Text):
+                value.no_wrap, value.overflow = True, "ellipsis"

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from griffin_gguf.runtime.chat import ChatTemplate, Message, stop_tokens
-from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
+from griffin_gguf.runtime.errors import FileFormatError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.generate import Finish, Generation, generate
 from griffin_gguf.runtime.model import Model
 from griffin_gguf.runtime.sampling import Sampling
@@ -35,6 +36,9 @@ IN_MEMORY = 8
 
 #: Tokens of S that a drafter is told of after the state has gone to another place: enough to guess by, and soon read.
 _TOLD = 2048
+
+#: What stands for a system text where a template is tried; reserved by Unicode for use inside programs.
+_MARK = "\ufdd1system\ufdd1"
 
 #: (tokens read, tokens to be read before the answer)
 Report = Callable[[int, int], None]
@@ -319,7 +323,7 @@ class Conversation:
         tokenizer, beginning = self._model.tokenizer, self.beginning
         if self.template is None:
             return tokenizer.encode(text, bos=not base and beginning is None), not base
-        messages = [*_messages(base), *_message(system, text)]
+        messages = self._messages(base, system, text)
         if base:
             following = self.template.encode_next(tokenizer, messages)
             if following is not None:
@@ -327,6 +331,35 @@ class Conversation:
         document = beginning is not None and beginning.form == "turn"
         tokens = self.template.prompt(tokenizer, messages, document=document).tokens
         return (_without_bos(tokenizer, tokens) if beginning and not document else tokens), True
+
+    def _messages(self, base: Sequence[Turn], system: str, text: str) -> list[Message]:
+        """Turns and a new message as the template takes them, each with the system text that comes along."""
+        messages: list[Message] = []
+        for said, user, answer in [*((turn.system, turn.user, turn.answer) for turn in base), (system, text, None)]:
+            if said and (not messages or self._takes_later_systems):
+                messages.append({"role": "system", "content": said})
+            elif said:
+                user = f"{said}\n\n{user}"
+            messages.append({"role": "user", "content": user})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        return messages
+
+    @cached_property
+    def _takes_later_systems(self) -> bool:
+        """Whether a system text behind an answer is a message of its own: many templates refuse it, some drop it.
+
+        Where a template has no place for any, it puts the text in front of the user's itself.
+        """
+        assert self.template is not None, "without one there is no system text"
+        roles = (("user", "a"), ("assistant", "b"), ("system", _MARK), ("user", "c"))
+        messages = [{"role": role, "content": content} for role, content in roles]
+        try:
+            return not self.template.takes_system or _MARK in self.template.render(messages)
+        except FileFormatError:
+            raise
+        except GriffinError:
+            return False
 
 
 class _Reader:
@@ -359,19 +392,6 @@ class _Reader:
 def _of_attempt(sampling: Sampling, attempt: int) -> Sampling:
     """With a seed: the next one for each attempt, or an answer that was asked for again would be the same."""
     return sampling if sampling.seed is None or not attempt else replace(sampling, seed=sampling.seed + attempt)
-
-
-def _message(system: str, text: str) -> list[Message]:
-    before: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": text}]
-
-
-def _messages(turns: Sequence[Turn]) -> list[Message]:
-    """The turns as a template takes them."""
-    messages: list[Message] = []
-    for turn in turns:
-        messages += [*_message(turn.system, turn.user), {"role": "assistant", "content": turn.answer}]
-    return messages
 
 
 def _without_bos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:

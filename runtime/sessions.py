@@ -2,26 +2,38 @@
 
     session.json    the turns, their tokens, the settings (session_record.py)
     XXXX.state      a snapshot (docs/state.md), by the name that a turn has for it
-    lock            held as long as the session is open
+    lock            held as long as the session is open (session_folders.py)
 
 States are written first, then session.json at once and whole, then what it does not need is deleted. So after a crash
-the session is as it was before, or as it is now. A state that is not there is no damage: what it would have spared is
-read again. Conversations are private: folders have mode 0700, files 0600.
+the session is as it was before, or as it is now. A turn's state that is not there is no damage: what it would have
+spared is read again; only that of a document cannot be. Conversations are private: folders have mode 0700, files 0600.
 """
 
-import fcntl
-import os
-import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from griffin_gguf.runtime.conversation import Conversation, Shelf
-from griffin_gguf.runtime.errors import GriffinError
+from griffin_gguf.runtime.errors import FileFormatError, GriffinError
 from griffin_gguf.runtime.model import Model
-from griffin_gguf.runtime.places import data_folder
 from griffin_gguf.runtime.saved_state import fingerprint
+from griffin_gguf.runtime.session_folders import (
+    RECORD,
+    STATE,
+    Lock,
+    abandoned,
+    folder,
+    if_free,
+    made,
+    names,
+    naming,
+    nbytes_of,
+    place,
+    sweep,
+    unknown,
+)
 from griffin_gguf.runtime.session_record import Document, Record, check_tokens, read_record, record_of, write_record
 from griffin_gguf.runtime.snapshot import Snapshot
 from griffin_gguf.runtime.speculate import Speculation
@@ -34,8 +46,6 @@ LEAST_TURNS = 4
 #: Of sessions that nobody has named, so many stay; all but the newest keep only their last turn's snapshots.
 UNNAMED = 8
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RECORD, _STATE, _PARTIAL = "session.json", ".state", ".partial"
 _IN_MEMORY = 4  # snapshots of a session that stay in memory: its last two turns'
 
 
@@ -51,16 +61,6 @@ class Entry:
     changed: str
     record: Record | None = None
     problem: GriffinError | None = None
-
-
-def folder() -> Path:
-    """Where sessions lie; asking does not make it."""
-    return data_folder() / "sessions"
-
-
-def names() -> list[str]:
-    """The names of all sessions, in the order of the alphabet."""
-    return sorted(path.parent.name for path in folder().glob(f"*/{_RECORD}"))
 
 
 def entries() -> list[Entry]:
@@ -85,15 +85,15 @@ def latest(model: Model) -> str:
 
 def exists(name: str) -> bool:
     """Whether there is such a session. Raises `GriffinError` for a name that none can have."""
-    return (_place(name) / _RECORD).is_file()
+    return (place(name) / RECORD).is_file()
 
 
 def delete(name: str) -> None:
     """Delete a session. Raises `GriffinError` for one that is not there, or is open."""
     if not exists(name):
-        raise _unknown(name)
-    lock = _Lock(_place(name))
-    shutil.rmtree(_place(name))
+        raise unknown(name)
+    lock = Lock(place(name))
+    shutil.rmtree(place(name))
     lock.release()
 
 
@@ -123,7 +123,8 @@ class Session(Shelf):
     """A session that is open here; made by `begin`, `open` and `keep`.
 
     `name` is None as long as there is no folder: a session without a name of its own gets both by the first `commit`
-    of a turn. `record` is what was found, None in a new one; `most` snapshots may lie on disk.
+    of a turn. `record` is what was found, None in a new one; `most` snapshots may lie on disk. `saved`: all that was
+    to be kept is.
     """
 
     def __init__(self, model: Model, name: str | None, most_bytes: int = MOST_BYTES) -> None:
@@ -131,28 +132,29 @@ class Session(Shelf):
         self.name = name
         self.unnamed = name is None
         self.record: Record | None = None
+        self.saved = True
         self.most = max(most_bytes // (model.state_nbytes + 4 * model.vocab), 2 * LEAST_TURNS)
         self._model = model
         self._root: str | None = None  # the state of the document that it began after
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
 
     @classmethod
     def begin(cls, model: Model, name: str | None = None, most_bytes: int = MOST_BYTES) -> "Session":
         """A new one. Raises `GriffinError` for a name that none can have, or that one has."""
         session = cls(model, name, most_bytes)
         if name is not None:
-            session._lock = _made(_place(name))
+            session._lock = made(place(name))
         return session
 
     @classmethod
     def open(cls, model: Model, name: str) -> "Session":
         """One that is there. Raises `GriffinError` for one that is not, is damaged, of another model, or open."""
         if not exists(name):
-            raise _unknown(name)
+            raise unknown(name)
         session = cls(model, name)
-        session._lock = _Lock(session.path)
+        session._lock = Lock(session.path)
         try:
-            session._read(session.path / _RECORD)
+            session._read(session.path / RECORD)
         except BaseException:
             session.close()
             raise
@@ -162,26 +164,28 @@ class Session(Shelf):
     def path(self) -> Path:
         """Its folder, once it has a name."""
         assert self.name is not None, "it has none before its first turn"
-        return _place(self.name)
+        return place(self.name)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return _nbytes(self.path) if self._lock else 0
+        return nbytes_of(self.path) if self._lock else 0
 
     def settings(self) -> Settings:
         """Those that were found, or the usual ones."""
-        return self.record.settings(self.path / _RECORD) if self.record else Settings()
+        return self.record.settings(self.path / RECORD) if self.record else Settings()
 
     def conversation(self, settings: Settings, speculation: Speculation | None = None) -> Conversation:
         """The conversation that was found, ready to go on at once.
 
-        Raises `FileFormatError` for a state that is damaged, or that of the document where it is not there.
+        Raises `FileFormatError` for a state that is damaged, and `GriffinError` where that of the document is missing.
         """
         record, beginning = self.record, None
         assert record is not None, "it was opened, not begun"
         if document := record.document:
-            beginning = Beginning(document.name, document.form, self._model.load_snapshot(self.file(document.state)))
+            if not self.file(document.state).exists():
+                raise GriffinError(f"session {self.name}: the state of its document {document.name} is missing")
+            beginning = Beginning(document.name, document.form, self._loaded(document.state))
         conversation = Conversation(self._model, settings, self, speculation, beginning)
         conversation.turns, conversation.system = list(record.turns), record.system
         conversation.tokens_read = record.tokens_read
@@ -190,7 +194,7 @@ class Session(Shelf):
 
     def file(self, name: str) -> Path:
         """Where the snapshot of that name lies, or would."""
-        return self.path / f"{name}{_STATE}"
+        return self.path / f"{name}{STATE}"
 
     def has(self, name: str) -> bool:
         """See `Shelf`."""
@@ -200,7 +204,7 @@ class Session(Shelf):
         """See `Shelf`. Raises `FileFormatError` for a damaged one."""
         near = super().get(name)
         if near is None and self.has(name):
-            near = self._model.load_snapshot(self.file(name))
+            near = self._loaded(name, "delete this file, and its text is read again")
             self._remember(name, near)
         return near
 
@@ -212,31 +216,38 @@ class Session(Shelf):
         try:
             target.hardlink_to(self.file(name))
         except OSError:  # on another file system, or on one without such links
-            shutil.copyfile(self.file(name), target)
-            target.chmod(0o600)
+            with naming(target):
+                shutil.copyfile(self.file(name), target)
+                target.chmod(0o600)
 
     def commit(self, conversation: Conversation) -> None:
         """See `Shelf`: it is all on the disk when this returns. Raises `GriffinError` where it cannot be."""
+        self.saved = False
+        self._write(conversation)
+        super().commit(conversation)
+        self.saved = True
+
+    def _write(self, conversation: Conversation) -> None:
         if self._lock is None:
             if not conversation.turns:
                 return
-            self._lock = _made(_unnamed_place())
+            self._lock = made(_unnamed_place())
             self.name = self._lock.folder.name
-            _tidy()
+            with naming(folder()):
+                _tidy()
         wanted = conversation.snapshots()[: self.most]
         for name in wanted:
             if not self.file(name).exists():
                 super().export(name, self.file(name))
         document = self._document(conversation.beginning)
-        write_record(self.path / _RECORD, record_of(conversation, model_name(self._model), self.unnamed, document))
-        _sweep(self.path, {*wanted, *([document.state] if document else [])})
-        super().commit(conversation)
+        write_record(self.path / RECORD, record_of(conversation, model_name(self._model), self.unnamed, document))
+        sweep(self.path, {*wanted, *([document.state] if document else [])})
 
     def close(self) -> None:
         """Let others open it. One in which nothing was ever said was never there."""
         super().close()
         if self._lock is not None:
-            if not (self.path / _RECORD).exists():
+            if not (self.path / RECORD).exists():
                 shutil.rmtree(self.path)
             self._lock.release()
             self._lock = None
@@ -259,98 +270,46 @@ class Session(Shelf):
         """What session.json says of the document, whose state lies here then."""
         if beginning is None:
             return None
-        if self._root is None:
-            self._root = self.put(beginning.snapshot)
-            super().export(self._root, self.file(self._root))
-        return Document(beginning.name, beginning.form, self._root)
+        name = self._root or secrets.token_hex(8)
+        if not self.file(name).exists():
+            beginning.snapshot.save(self.file(name), private=True)
+        self._root = name
+        return Document(beginning.name, beginning.form, name)
 
-
-class _Lock:
-    """The right to a session's folder, which one process at a time has, until `release` or its end.
-
-    Raises `GriffinError` where another has it, or where the session has just been deleted.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def _loaded(self, name: str, remedy: str = "") -> Snapshot:
+        """A snapshot's file. Raises `FileFormatError` that says what is wrong with it, and what helps."""
+        path, backend = self.file(name), self._model.backend
         try:
-            self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise GriffinError(f"{folder / 'lock'}: cannot be opened: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._file, 20).decode("ascii", "replace")
-            os.close(self._file)
-            raise GriffinError(f"session {folder.name}: is open already, in process {holder or '?'}") from error
-        if not os.fstat(self._file).st_nlink:
-            os.close(self._file)
-            raise _unknown(folder.name)
-        os.truncate(self._file, 0)
-        os.write(self._file, str(os.getpid()).encode())
-
-    def release(self) -> None:
-        """Give it up."""
-        os.close(self._file)
-
-
-def _place(name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise GriffinError(f"session {name!r}: expected a name of letters, digits, '.', '_' and '-', at most 64")
-    return folder() / name
-
-
-def _unknown(name: str) -> GriffinError:
-    known = ", ".join(names())
-    return GriffinError(f"session {name}: is not there; " + (f"there are {known}" if known else "there is none yet"))
-
-
-def _made(path: Path) -> _Lock:
-    """Make a session's folder and hold it."""
-    try:
-        data_folder().mkdir(parents=True, exist_ok=True)
-        folder().mkdir(mode=0o700, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be made: {error.strerror}") from error
-    lock = _Lock(path)
-    if (path / _RECORD).exists():
-        lock.release()
-        raise GriffinError(f"session {path.name}: is there already; expected another name")
-    return lock
-
-
-def _unnamed_place() -> Path:
-    """A folder named by the clock."""
-    base = datetime.now().strftime("chat-%Y%m%d-%H%M%S")
-    return next(place for i in range(1000) if not (place := folder() / (f"{base}-{i}" if i else base)).exists())
+            return self._model.load_snapshot(path)
+        except FileFormatError as error:
+            problem = str(error).removeprefix(f"{path}: {error.field}: ")
+            if problem.startswith("expected dtype"):  # the one thing in which the two backends' states differ
+                other = "numpy" if backend == "ggml" else "ggml"
+                problem, remedy = f"was kept by another backend than {backend}", f"go on with --backend {other}"
+            raise FileFormatError(path, error.field, f"{problem}; {remedy}" if remedy else problem) from error
 
 
 def _tidy() -> None:
     """One more unnamed session begins: of those before it only the newest stay, each with its last turn's snapshots."""
     before = [entry for entry in entries() if entry.record and entry.record.unnamed]
     for i, entry in enumerate(before):
-        try:
-            lock = _Lock(folder() / entry.name)
-        except GriffinError:  # open in another process, which goes on with it
-            continue
-        if i >= UNNAMED - 1:
-            shutil.rmtree(lock.folder)
-        elif record := entry.record:
-            last = [name for turn in record.turns[-1:] for name in (turn.before, turn.after)]
-            _sweep(lock.folder, {*last, *([record.document.state] if record.document else [])})
-        lock.release()
-
-
-def _sweep(path: Path, kept: set[str]) -> None:
-    """Delete states that nothing needs, and what an interrupted write has left."""
-    for file in path.iterdir():
-        if file.suffix == _PARTIAL or (file.suffix == _STATE and file.stem not in kept):
-            file.unlink(missing_ok=True)
+        with if_free(path := folder() / entry.name) as free:
+            record = _entry(path).record if free else None
+            if record is None or not entry.record or record.changed != entry.record.changed:
+                continue  # another process has just gone on with it
+            if i >= UNNAMED - 1:
+                shutil.rmtree(path)
+            else:
+                last = [name for turn in record.turns[-1:] for name in (turn.before, turn.after)]
+                sweep(path, {*last, *([record.document.state] if record.document else [])})
+    for path in filter(abandoned, folder().iterdir()):
+        with if_free(path) as free:
+            if free and abandoned(path):
+                shutil.rmtree(path)
 
 
 def _entry(path: Path) -> Entry:
-    nbytes, file = _nbytes(path), path / _RECORD
+    nbytes, file = nbytes_of(path), path / RECORD
     try:
         record = read_record(file)
     except GriffinError as error:
@@ -359,5 +318,7 @@ def _entry(path: Path) -> Entry:
     return Entry(path.name, nbytes, record.changed, record)
 
 
-def _nbytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())
+def _unnamed_place() -> Path:
+    """A folder named by the clock."""
+    base = datetime.now().strftime("chat-%Y%m%d-%H%M%S")
+    return next(path for i in range(1000) if not (path := folder() / (f"{base}-{i}" if i else base)).exists())

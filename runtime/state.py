@@ -136,8 +136,9 @@ class State(ABC):
         Raises `UnsupportedError` after an interrupted step.
         """
         self.check()
+        arrays = self.read(self.position)  # first: refuses where the model is closed
         kept = self.logits.copy() if logits and self.logits is not None else None
-        return Snapshot(self.owner.fingerprint, self.position, self.layout, self.read(self.position), kept)
+        return Snapshot(self.owner.fingerprint, self.position, self.layout, arrays, kept)
 
     def resume(self, snapshot: Snapshot) -> None:
         """Take over what `snapshot` returned, bit by bit. Raises `UnsupportedError` for another model's."""
@@ -151,7 +152,8 @@ class State(ABC):
         Raises `GriffinError` naming `path` where it cannot be written, `UnsupportedError` after an interrupted step.
         """
         self.check()
-        saved_state.save(path, Saved(self.owner.fingerprint, self.position, self.read(), self.logits))
+        arrays = self.read()  # first: refuses where the model is closed
+        saved_state.save(path, Saved(self.owner.fingerprint, self.position, arrays, self.logits))
 
     def restore(self, path: Path | str, vocab: int) -> None:
         """Take over what `save` wrote; raises `FileFormatError` for anything that does not fit this model."""

@@ -1,5 +1,6 @@
 """The commands of a chat: one table, and a function for each."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,8 @@ from griffin_gguf.cli.console import note
 from griffin_gguf.runtime import sessions
 from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.sessions import Session
+
+_COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?", re.DOTALL)
 
 
 def _nothing() -> Iterable[str]:
@@ -27,17 +30,27 @@ class Command:
     choices: Callable[[], Iterable[str]] = _nothing
 
 
+def command_of(line: str) -> tuple[str, str] | None:
+    """Name and rest of a line that is a command: it begins with the name of one, or is no more than a slash and a word.
+
+    So `/tmp is full` is a message, and a mistyped `/udno` is not.
+    """
+    found = _COMMAND.fullmatch(line)
+    if found is None or (found[1] not in COMMANDS and found[2]):
+        return None
+    return found[1], (found[2] or "").strip()
+
+
 def obey(talk: Talk, name: str, rest: str) -> None:
-    """Carry out a command. Raises `GriffinError` of one line for what it cannot do."""
+    """Carry out a command. Raises `GriffinError` of one line for what it cannot do, or a name that is none's."""
     command = COMMANDS.get(name)
     if command is None:
-        note(f"/{name} is no command; /help lists them. Text between triple quotes is never one.")
-    elif rest and not command.arguments:
+        raise UnsupportedError(f"/{name}: is no command; /help lists them. Text between triple quotes is never one")
+    if rest and not command.arguments:
         raise UnsupportedError(f"/{name}: expected nothing behind it, found {rest!r}")
-    elif not rest and command.arguments[:1] not in ("", "["):
+    if not rest and command.arguments[:1] not in ("", "["):
         raise UnsupportedError(f"/{name}: expected {command.arguments} behind it")
-    else:
-        command.run(talk, rest)
+    command.run(talk, rest)
 
 
 def _help(_: Talk, __: str) -> None:
@@ -71,6 +84,7 @@ def _show(talk: Talk, rest: str) -> None:
 
 def _clear(talk: Talk, _: str) -> None:
     session = talk.session
+    talk.keep()
     talk.begin()
     if session and session.name:
         note(f"A new conversation. The other one stays: /load {session.name}")
@@ -85,12 +99,12 @@ def _undo(talk: Talk, _: str) -> None:
 def _regen(talk: Talk, _: str) -> None:
     if talk.conversation.settings.sampling.temperature == 0:
         note("At temperature 0 the answer is the same again; /set temperature 0.8 lets it vary.")
-    talk.answer(talk.conversation.regenerate)
+    talk.answer(talk.conversation.regenerate, again=True)
 
 
 def _edit(talk: Talk, rest: str) -> None:
     if rest:
-        talk.answer(partial(talk.conversation.edit, rest))
+        talk.answer(partial(talk.conversation.edit, rest), again=True)
     elif not talk.typed:
         raise UnsupportedError("/edit: expected TEXT behind it where no one is at a terminal")
     else:
@@ -98,6 +112,8 @@ def _edit(talk: Talk, rest: str) -> None:
 
 
 def _fork(talk: Talk, rest: str) -> None:
+    _check_other(talk, rest)
+    talk.keep()
     session = sessions.keep(talk.model, rest, talk.conversation)
     before = talk.session
     talk.conversation.shelf.close()
@@ -106,13 +122,14 @@ def _fork(talk: Talk, rest: str) -> None:
 
 
 def _save(talk: Talk, rest: str) -> None:
+    _check_other(talk, rest)
     sessions.keep(talk.model, rest, talk.conversation).close()
     note(f"Saved as {rest}: /load {rest}, or griffin chat {talk.model.path} --session {rest}")
 
 
 def _load(talk: Talk, rest: str) -> None:
-    if talk.session and talk.session.name == rest:
-        raise UnsupportedError(f"session {rest}: is the one you are in")
+    _check_other(talk, rest)
+    talk.keep()
     session = Session.open(talk.model, rest)
     try:
         conversation = session.conversation(session.settings(), talk.speculation)
@@ -123,13 +140,18 @@ def _load(talk: Talk, rest: str) -> None:
     show.resumed(talk)
 
 
+def _check_other(talk: Talk, name: str, remedy: str = "") -> None:
+    """Raise `UnsupportedError` where the session of that name is the one that is open here."""
+    if talk.session and talk.session.name == name:
+        raise UnsupportedError(f"session {name}: is the one you are in{remedy}")
+
+
 def _sessions(talk: Talk, _: str) -> None:
     show.sessions(sessions.entries(), talk)
 
 
 def _delete(talk: Talk, rest: str) -> None:
-    if talk.session and talk.session.name == rest:
-        raise UnsupportedError(f"session {rest}: is the one you are in; /clear begins another, then delete it")
+    _check_other(talk, rest, "; /clear begins another, then delete it")
     sessions.delete(rest)
     note(f"Deleted {rest}.")
 
@@ -152,7 +174,7 @@ COMMANDS = {
     "clear": Command("", "Begin a new conversation; system text, settings and document stay.", _clear),
     "undo": Command("", "Take back your last message and its answer.", _undo),
     "regen": Command("", "Another answer to your last message; with a seed it is drawn by the next seed.", _regen),
-    "edit": Command("[TEXT]", "Another last message; without TEXT the old one comes into the prompt.", _edit),
+    "edit": Command("[TEXT]", "Another last message; alone: the old one comes into the prompt, Ctrl-C: out.", _edit),
     "fork": Command("NAME", "Go on under NAME; the conversation so far stays under its own.", _fork),
     "save": Command("NAME", "Keep a copy as NAME and stay here.", _save),
     "load": Command("NAME", "Go on with the conversation NAME.", _load, sessions.names),

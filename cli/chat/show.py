@@ -5,38 +5,50 @@ from datetime import datetime
 
 from rich.text import Text
 
+from griffin_gguf.cli.chat.plain import plain
 from griffin_gguf.cli.chat.settings import OPTIONS, value_of
 from griffin_gguf.cli.chat.talk import Talk
-from griffin_gguf.cli.console import cell, clean, err, note, size, table
+from griffin_gguf.cli.console import cell, clean, err, note, only_cut, size, table
 from griffin_gguf.quant.file_types import type_name
 from griffin_gguf.runtime.conversation import Conversation
+from griffin_gguf.runtime.errors import GriffinError
 from griffin_gguf.runtime.sessions import Entry, model_name
-from griffin_gguf.runtime.turns import Turn
 
 _SHORT = 60  # characters of a text where it is only to be recognized
+_FIRST, _LAST = 3, 7  # lines of the last message and of its answer where a conversation is gone on with
+_NARROW = 90  # columns of a terminal, below which a list has no room for what is least looked for
 
 
 def greeting(talk: Talk) -> None:
     """How a chat at a terminal begins."""
-    err.print(Text.assemble((model_name(talk.model), "bold"), (f" {type_name(talk.model.file.metadata)}", "dim")))
+    name, kind = clean(model_name(talk.model)), type_name(talk.model.file.metadata)
+    err.print(Text.assemble((name, "bold"), (f" {kind}", "dim")))
     note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.\n")
     if (session := talk.session) and session.record:
         resumed(talk)
     elif beginning := talk.conversation.beginning:
-        note(f"It has read the document {beginning.name}, {_count(beginning.snapshot.position, 'token')}.")
+        note(f"It has read the document {clean(beginning.name)}, {_count(beginning.snapshot.position, 'token')}.")
 
 
 def farewell(talk: Talk) -> None:
-    """Where the conversation can be found again."""
-    if (session := talk.session) and session.name and talk.conversation.turns:
+    """Where the conversation can be found again. Raises `GriffinError` where it could not be kept."""
+    session = talk.session
+    if session is None:
+        return
+    try:
+        talk.keep()
+    except GriffinError as error:
+        raise GriffinError(f"the conversation is NOT kept: {error}") from error
+    if session.name and talk.conversation.turns:
         note(f"Kept as {session.name}: griffin chat {talk.model.path} -c goes on.")
 
 
 def resumed(talk: Talk) -> None:
-    """A conversation is gone on with: which one, and how it ended."""
+    """A conversation is gone on with: which one, and how it ended, in a few lines."""
     conversation, session = talk.conversation, talk.session
     name = session.name if session else None
-    _turns(conversation.turns[-1:])
+    for turn in conversation.turns[-1:]:
+        _said(_part(turn.user, err.width - 4, _FIRST), _part(turn.answer, err.width, _LAST, end=True))
     note(f"{name}: {_count(len(conversation.turns), 'turn')}, {_count(conversation.tokens, 'token')}.")
     left_to_read(talk)
 
@@ -66,12 +78,15 @@ def settings(talk: Talk, name: str = "") -> None:
 def system(talk: Talk) -> None:
     """The system text."""
     text = talk.conversation.system
-    err.print(Text(text) if text else Text("no system text", "dim"))
+    err.print(Text(plain(text)) if text else Text("no system text", "dim"))
 
 
 def messages(talk: Talk) -> None:
     """All that was said."""
-    _turns(talk.conversation.turns)
+    for turn in talk.conversation.turns:
+        if turn.system:
+            err.print(Text(plain(turn.system), "dim italic"))
+        _said(plain(turn.user), plain(turn.answer))
 
 
 def model(talk: Talk) -> None:
@@ -91,18 +106,26 @@ def model(talk: Talk) -> None:
 
 
 def sessions(entries: Sequence[Entry], talk: Talk) -> None:
-    """What is kept, the latest first."""
+    """What is kept, the latest first; then what is wrong with some."""
+    if not entries:
+        note("none is kept yet")
+        return
     own = talk.session.name if talk.session else None
-    rows = table("name", "model", "turns", "size", "changed", "last message", right=("turns", "size"))
+    wide = not err.is_terminal or err.width >= _NARROW
+    rows = table("name", *["model"] * wide, "turns", "size", "changed", "last message", right=("turns", "size"))
     for entry in entries:
+        record = entry.record
         name = Text(entry.name, "bold" if entry.name == own else "")
         when = datetime.fromisoformat(entry.changed).astimezone().strftime("%Y-%m-%d %H:%M")
-        if (record := entry.record) is None:
-            rows.add_row(name, "", "", size(entry.nbytes), when, cell(str(entry.problem)))
-            continue
-        last = short(record.turns[-1].user) if record.turns else ""
-        rows.add_row(name, cell(record.model_name), str(len(record.turns)), size(entry.nbytes), when, cell(last))
-    err.print(rows if entries else Text("none is kept yet", "dim"))
+        named = [cell(record.model_name if record else "")] if wide else []
+        last = short(record.turns[-1].user) if record and record.turns else ""
+        turns = str(len(record.turns)) if record else "?"
+        rows.add_row(name, *named, turns, size(entry.nbytes), when, cell(last))
+    only_cut(rows, "model", "last message")
+    err.print(rows, crop=False)
+    for entry in entries:
+        if entry.problem:
+            note(clean(str(entry.problem)))
 
 
 def stats(talk: Talk) -> None:
@@ -141,12 +164,18 @@ def _spare(conversation: Conversation) -> str:
     return f", {more:,} of them since taken back or answered anew" if more > 0 else ", none of them twice"
 
 
-def _turns(turns: Sequence[Turn]) -> None:
-    for turn in turns:
-        if turn.system:
-            err.print(Text(turn.system, "dim italic"))
-        err.print(Text.assemble((">>> ", "bold green"), turn.user.replace("\n", "\n... ")))
-        err.print(Text(turn.answer), end="\n\n")
+def _said(user: str, answer: str) -> None:
+    err.print(Text.assemble((">>> ", "bold green"), user.replace("\n", "\n... ")))
+    err.print(Text(answer), end="\n\n")
+
+
+def _part(text: str, width: int, most: int, end: bool = False) -> str:
+    """Its first lines, or its last, as a terminal of that width breaks them; all of a text that is no longer."""
+    near = text[-most * width :] if end else text[: most * width]  # no more can be on so many lines
+    lines = [line.plain.rstrip() for line in Text(plain(near)).wrap(err, width)]
+    if len(near) == len(text) and len(lines) <= most:
+        return plain(text)
+    return "\n".join(["…", *lines[-most:]] if end else [*lines[:most], "…"])
 
 
 def _pairs(lines: Mapping[str, str]) -> None:

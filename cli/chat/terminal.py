@@ -31,11 +31,16 @@ class Terminal:
 
     def __init__(self, history: Path | None, **io: Any) -> None:
         if history is not None:
-            history.parent.mkdir(parents=True, exist_ok=True)
-            history.touch(mode=0o600)
+            try:
+                history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                history.touch(mode=0o600)
+            except OSError as error:
+                note(_not_kept(history, error))
+                history = None
+        self._history = InMemoryHistory() if history is None else _Kept(history)
         io = io or {"output": create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)}
         self._prompt: PromptSession[str] = PromptSession(
-            history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
+            history=self._history,
             completer=_Commands(),
             complete_while_typing=Condition(lambda: self._prompt.default_buffer.text.startswith("/")),
             multiline=Condition(lambda: open_quotes(self._prompt.default_buffer.text)),
@@ -55,6 +60,7 @@ class Terminal:
                 [("class:prompt", "edit> " if editing else ">>> ")],
                 default=talk.draft or "",
                 placeholder=[("class:hint", hint)],
+                pre_run=talk.interrupts.forget,  # from here on Ctrl-C is the prompt's
             )
         except EOFError:
             return None
@@ -63,7 +69,49 @@ class Terminal:
             if not self._prompt.default_buffer.text:
                 note("Ctrl-D or /bye ends the chat, /help lists the commands.")
             return ""
+        finally:
+            if isinstance(self._history, _Kept) and (problem := self._history.problem()):
+                note(problem)
         return line.strip()
+
+
+class _Kept(FileHistory):
+    """History in a file; from where that fails on it is in memory alone."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._failed: OSError | None = None
+        self._told = False
+
+    def load_history_strings(self) -> Iterable[str]:
+        """See `FileHistory`."""
+        try:
+            return super().load_history_strings()
+        except OSError as error:
+            self._failed = error
+            return ()
+
+    def store_string(self, string: str) -> None:
+        """See `FileHistory`."""
+        if self._failed:
+            return
+        try:
+            super().store_string(string)
+        except OSError as error:
+            self._failed = error
+
+    def problem(self) -> str | None:
+        """What is to be told of a failure, once."""
+        if self._failed is None or self._told:
+            return None
+        self._told = True
+        return _not_kept(self._path, self._failed)
+
+
+def _not_kept(path: Path, error: OSError) -> str:
+    place = error.filename or path
+    return f"{place}: {error.strerror}: what you type is not kept. With --no-save nothing is kept on disk."
 
 
 class _Commands(Completer):

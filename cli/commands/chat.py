@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from griffin_gguf.cli.chat.plain import checked
 from griffin_gguf.cli.console import note
 from griffin_gguf.cli.options import (
     Backend,
@@ -111,6 +112,8 @@ def chat(
     """
     _check(resume, name, no_save, document)
     typed = sys.stdin.isatty() and prompt is None
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        checked(option, text or "")
     message = None if prompt is None else _message(prompt)
     given = _given(context)
     from griffin_gguf.cli.chat import opening, repl, show
@@ -123,9 +126,7 @@ def chat(
         speculating(model, draft, lookup, backend, threads) as speculation,
     ):
         conversation = opening.opened(model, wanted, speculation)
-        talk = Talk(
-            model, conversation, speculation, typed=typed, stoppable=message is None, kept=kept, timings=timings
-        )
+        talk = Talk(model, conversation, speculation, typed=typed, kept=kept, timings=timings)
         try:
             if conversation.template is None:
                 note(f"{path} has no chat template: what you write is continued, not answered.")
@@ -136,7 +137,7 @@ def chat(
                 repl.run(talk, opening.terminal(kept))
                 show.farewell(talk)
             else:
-                repl.run(talk, repl.piped)
+                repl.run(talk, repl.Piped())
         finally:
             talk.conversation.shelf.close()
 

@@ -3,9 +3,10 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ import pytest
 from command import done, griffin, refused, start
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
+from rich.console import Console
 from terminals import on_terminal
 
+from griffin_gguf.cli.chat import repl, show
 from griffin_gguf.cli.chat.commands import COMMANDS
 from griffin_gguf.cli.chat.repl import open_quotes, unquoted
 from griffin_gguf.cli.chat.settings import OPTIONS, changed, value_of
 from griffin_gguf.cli.chat.talk import Talk
 from griffin_gguf.cli.chat.terminal import Terminal, _Commands
 from griffin_gguf.cli.chat.wrap import Wrap
-from griffin_gguf.runtime import load
-from griffin_gguf.runtime.conversation import Conversation
-from griffin_gguf.runtime.errors import UnsupportedError
+from griffin_gguf.runtime import load, sessions
+from griffin_gguf.runtime.conversation import Conversation, Shelf
+from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 from griffin_gguf.runtime.places import VARIABLE
 from griffin_gguf.runtime.sampling import Sampling
 from griffin_gguf.runtime.turns import Settings
@@ -70,14 +74,13 @@ def test_a_message_of_several_lines_is_between_quotes(model: Path) -> None:
 
 
 def test_a_word_after_a_slash_is_a_command_and_not_for_the_model(model: Path) -> None:
-    result = griffin("chat", model, "-t", "1", stdin="/help\n/nonsense\n/nonsense and more\n")
+    result = griffin("chat", model, "-t", "1", stdin="/help\n")
     assert result.exit_code == 0
     assert result.stdout == ""
     assert all(f"/{name}" in result.stderr and command.help in result.stderr for name, command in COMMANDS.items())
-    assert result.stderr.count("/nonsense is no command; /help lists them.") == 2
-    assert done("chat", model, *GREEDY, stdin="/etc/hosts: what is it?\n") == done(
-        "chat", model, *GREEDY, "-p", "/etc/hosts: what is it?"
-    )
+    assert refused("chat", model, "-t", "1", stdin="/nonsense\n").startswith("/nonsense: is no command; /help lists")
+    for message in ("/etc/hosts: what is it?", "/tmp is full", "/"):
+        assert done("chat", model, *GREEDY, stdin=f"{message}\n") == done("chat", model, *GREEDY, "-p", message)
 
 
 def test_a_cut_answer_and_timings_are_told(model: Path) -> None:
@@ -199,7 +202,7 @@ def test_whatever_is_set_is_set_or_refused(name: str, text: str) -> None:
         assert changed(Settings(), name, value_of(settings, name)) == settings
 
 
-WORDS = st.lists(st.tuples(st.text("ab日", min_size=1, max_size=4), st.sampled_from(" \n")))
+WORDS = st.lists(st.tuples(st.text("abé", min_size=1, max_size=4), st.sampled_from(" \n")))
 
 
 @given(WORDS, st.integers(1, 5), st.integers(8, 20))
@@ -212,6 +215,24 @@ def test_words_are_whole_on_a_line(words: list[tuple[str, str]], size: int, widt
     for line, after in itertools.pairwise(shown.split("\n")):
         if f"{line}\n{after}" not in text:  # a line that we broke: the next word had no room on it
             assert cell_len(f"{line} {after.split(' ')[0]}") > width
+
+
+@given(st.lists(st.text("ab日本👩\u0301", min_size=1, max_size=9)), st.integers(1, 5), st.integers(4, 12))
+def test_wide_characters_come_at_once_and_break_anywhere(words: list[str], size: int, width: int) -> None:
+    text = " ".join(words)
+    wrap = Wrap(width)
+    shown = "".join(wrap.push(text[at : at + size]) for at in range(0, len(text), size)) + wrap.flush()
+    assert shown.replace("\n", "").replace(" ", "") == text.replace(" ", "")
+    if len(max(words, default="", key=len)) <= width:  # a longer word is broken by the terminal
+        assert all(cell_len(line.rstrip(" ")) <= width for line in shown.split("\n"))
+
+
+def test_what_has_no_spaces_is_not_held_back() -> None:
+    wrap = Wrap(7)
+    assert [wrap.push(piece) for piece in "日本語ab日"] == ["日", "本", "語", "", "", "\nab日"]
+    wrap = Wrap(4)
+    assert [wrap.push(piece) for piece in "a abcdefgh i"] == ["", "a", "", "", "", "", "\nabcde", "f", "g", "h", "", ""]
+    assert wrap.flush() == "\ni"
 
 
 def test_lines_break_between_words_and_nowhere_else() -> None:
@@ -235,6 +256,21 @@ def test_lines_break_between_words_and_nowhere_else() -> None:
 def test_quotes(text: str, unfinished: bool, message: str) -> None:
     assert open_quotes(text) is unfinished
     assert unquoted(text) == message
+
+
+def test_bytes_that_are_no_text_are_one_line_that_names_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused("chat", model, "-p", "a\udcff", stdin=b"\xff").startswith("--prompt: text: is not UTF-8")
+    assert refused("chat", model, "-p", "a", "--system", "\udcff").startswith("--system: text: is not UTF-8")
+    assert refused("chat", model, "-p", "a", stdin=b"a\xff").startswith("stdin: text: is not UTF-8")
+    assert refused("chat", model, "-t", "1", stdin=b"/bye\xff\n").startswith("stdin: line 1: is not UTF-8")
+    typed = iter(["a\udcff", None])
+    with load(model, threads=1) as loaded:
+        talk = Talk(loaded, Conversation(loaded), typed=True)
+        with monkeypatch.context() as patch:
+            said: list[str] = []
+            patch.setattr(repl, "complain", said.append)
+            repl.run(talk, lambda _: next(typed))
+    assert said == ["your message: text: is not UTF-8: invalid byte behind 1 characters"]
 
 
 # Sessions.
@@ -351,6 +387,79 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless_model: Path) -> Non
         assert process.wait() == 0
 
 
+def test_a_second_ctrl_c_through_a_pipe_ends_the_program_and_loses_nothing(endless_model: Path, data: Path) -> None:
+    with start("chat", endless_model, "-n", "1000000", "-t", "1", "--session", "work") as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write("One.\nTwo.\nThree.\nFour.\n")  # the lines are there already, so nobody waits between
+        process.stdin.flush()
+        process.stdin.close()
+        assert os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "(stopped)\n"
+        process.send_signal(signal.SIGINT)
+        os.set_blocking(process.stdout.fileno(), True)
+        while os.read(process.stdout.fileno(), 1 << 16):
+            pass
+        assert process.wait() == 130
+    assert users(data, "work")[0] == "One."
+    assert len(users(data, "work")) <= 2
+
+
+class Pressing(Shelf):
+    """A shelf beside which somebody presses Ctrl-C while it keeps a turn."""
+
+    def commit(self, conversation: Conversation) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        super().commit(conversation)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def lines(*texts: str) -> Callable[[Talk], str | None]:
+    """A person who types these."""
+    left = iter(texts)
+
+    def read(talk: Talk) -> str | None:
+        talk.interrupts.forget()
+        return next(left, None)
+
+    return read
+
+
+def test_ctrl_c_while_a_turn_is_kept_loses_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with load(model, threads=1) as loaded:
+        conversation = Conversation(loaded, Settings(Sampling(temperature=0), 4), Pressing())
+        repl.run(Talk(loaded, conversation, typed=True), lines("Hello.", "Why?"))
+    assert [turn.user for turn in conversation.turns] == ["Hello.", "Why?"]
+    assert all(len(turn.said) == 4 for turn in conversation.turns)
+    assert "(stopped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("line", "kept"), [
+    ("Why?", "the message is not kept"),
+    ("/edit Why?", "the last message and its answer stay"),
+    ("/regen", "the last message and its answer stay"),
+])  # fmt: skip
+def test_ctrl_c_before_an_answer_begins_stops_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, kept: str
+) -> None:
+    with load(model, threads=1) as loaded:
+        conversation = Conversation(loaded, Settings(Sampling(temperature=0), 4), Shelf(1))
+        repl.run(talk := Talk(loaded, conversation, typed=True), lines("Hello."))
+        before, settle = conversation.turns, conversation._settle  # pyright: ignore[reportPrivateUsage]
+
+        def pressed(*arguments: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            settle(*arguments)
+
+        monkeypatch.setattr(conversation, "_settle", pressed)
+        repl.run(talk, lines(line))
+    assert conversation.turns == before
+    assert f"(stopped before it began: {kept})" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def drain(pipe: int) -> None:
     """Read what is in a pipe now."""
     os.set_blocking(pipe, False)
@@ -430,6 +539,120 @@ def test_on_a_dumb_terminal_there_is_a_prompt_and_ctrl_d_ends(model: Path) -> No
 def talk(model: Path) -> Iterator[Talk]:
     with load(model, threads=1) as loaded:
         yield Talk(loaded, Conversation(loaded), typed=True)
+
+
+def test_at_the_edit_prompt_commands_are_commands(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk.conversation.settings = Settings(Sampling(temperature=0), 2)
+
+    def said(*typed: str) -> list[str]:
+        repl.run(talk, lines(*typed))
+        return [turn.user for turn in talk.conversation.turns]
+
+    assert said("One.", "/edit", "/undo") == []
+    assert said("One.", "/edit", "/set max_tokens 3", "Two.") == ["One.", "Two."]
+    assert talk.conversation.settings.max_tokens == 3
+    assert said("/edit", "/word") == ["One.", "/word"]
+    assert said('"""/help"""', "/edit", "/stats") == ["One.", "/word", "/stats"]  # the old message was such a line
+
+
+def test_what_was_stored_moves_no_cursor(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+    talk.conversation.settings = Settings(Sampling(temperature=0), 2)
+    repl.run(talk, lines("\x1b[2JHello.\x07\x9b"))
+    (turn,) = talk.conversation.turns
+    talk.conversation.turns = [replace(turn, answer="a\x1b]0;title\x07\tb\r\nc", system="\x1b[8m")]
+    talk.conversation.system = "\x1b[8m"
+    capsys.readouterr()
+    show.messages(talk)
+    show.system(talk)
+    show.resumed(talk)
+    shown = capsys.readouterr().err
+    assert not set(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) & set(shown)
+    assert shown.count("\\x1b[2JHello.\\x07\\x9b") == 2
+    assert "a\\x1b]0;title\\x07" in shown
+
+
+def test_a_long_turn_is_shown_in_part(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+    talk.conversation.settings = Settings(Sampling(temperature=0), 2)
+    repl.run(talk, lines("Hello."))
+    (turn,) = talk.conversation.turns
+    for user, answer in (("\n".join(map(str, range(50))), "word " * 5000 + "end"), ("x" * 10000, "y\n" * 100 + "end")):
+        talk.conversation.turns = [replace(turn, user=user, answer=answer)]
+        capsys.readouterr()
+        show.resumed(talk)
+        shown = capsys.readouterr().err.rstrip("\n").split("\n")
+        assert len(shown) <= 14
+        assert shown[0].startswith(f">>> {user[0]}")
+        assert "…" in shown[3]
+        assert any(line.endswith("end") for line in shown)
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_in_a_narrow_list_names_are_whole(talk: Talk, monkeypatch: pytest.MonkeyPatch, data: Path, width: int) -> None:
+    console = Console(width=width, force_terminal=True, color_system=None, record=True, file=StringIO())
+    monkeypatch.setattr(show, "err", console)
+    told: list[str] = []
+    monkeypatch.setattr(show, "note", told.append)
+    talk.conversation.settings = Settings(Sampling(temperature=0), 2)
+    repl.run(talk, lines("Tell me about the number of all the things that there are."))
+    names = ["chat-20260131-142530", "chat-20260131-142530-1", "x" * 64, "bad"]
+    for name in names:
+        sessions.keep(talk.model, name, talk.conversation).close()
+    (data / "sessions" / "bad" / "session.json").write_text("{")
+    show.sessions(sessions.entries(), talk)
+    shown = console.export_text()
+    assert all(f" {name} " in shown for name in names)
+    assert ("demo_model" in shown) == (width >= 90)
+    assert "session.json" not in shown
+    assert any("bad/session.json: file: is no conversation" in line for line in told)
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise GriffinError("x.state: cannot be written: No space left on device")
+
+
+def test_what_is_not_kept_is_not_called_so(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk.take_up(Conversation(talk.model, Settings(Sampling(temperature=0), 2), sessions.Session.begin(talk.model)))
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin_gguf.runtime.snapshot.Snapshot.save", full)
+        repl.run(talk, lines("Hello.", "/clear", "/fork other", "/load other"))
+        told = capsys.readouterr().err
+        assert told.count("griffin: error: x.state: cannot be written: No space left") == 4
+        assert "With --no-save nothing is kept on disk" in told
+        assert [turn.user for turn in talk.conversation.turns] == ["Hello."]
+        with pytest.raises(GriffinError, match=r"the conversation is NOT kept: x\.state: cannot be written: No space"):
+            show.farewell(talk)
+    show.farewell(talk)
+    (name,) = sessions.names()
+    assert f"Kept as {name}" in capsys.readouterr().err.replace("\n", " ")
+    assert users(data, name) == ["Hello."]
+    repl.run(talk, lines(f"/save {name}", f"/fork {name}"))
+    assert capsys.readouterr().err.count(f"session {name}: is the one you are in") == 2
+    talk.conversation.shelf.close()
+
+
+def test_a_history_that_cannot_be_written_is_told_once(
+    talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    told = "With --no-save nothing is kept on disk."
+    with create_pipe_input() as keys:
+        Terminal(tmp_path / "file" / "chat-history", input=keys, output=DummyOutput())
+        shown = capsys.readouterr().err.replace("\n", "")
+        assert "/file: File exists: what you type is not kept." in shown
+        path = tmp_path / "chat-history"
+        terminal = Terminal(path, input=keys, output=DummyOutput())
+        path.unlink()
+        path.mkdir()  # nobody, root included, can write to that
+        keys.send_text("one\r")
+        assert terminal(talk) == "one"
+        assert told in capsys.readouterr().err.replace("\n", " ")
+        keys.send_text("two\r")
+        assert terminal(talk) == "two"
+        assert told not in capsys.readouterr().err.replace("\n", " ")
+        keys.send_text("\x1b[A\r")
+        assert terminal(talk) == "two"
 
 
 def test_keys(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,6 +247,25 @@ def test_a_system_text_comes_once_and_again_where_it_was_taken_back(model: Any) 
     assert "user\nBe kind.\n\nHello." in model.tokenizer.decode(model.since(), special=True)
 
 
+@pytest.mark.parametrize("later", ["{{ raise_exception('a system text comes first') }}", ""])
+def test_a_template_with_a_place_for_a_system_text_in_front_alone(path: Path, tmp_path: Path, later: str) -> None:
+    strict = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}" + later + "{% else %}"
+        "[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with load(other_template(path, tmp_path, strict), threads=1) as model:
+        counting: Any = Counting(model)
+        conversation = Conversation(counting, SHORT)
+        conversation.system = "Be brief."
+        say(conversation, "Hello.")
+        assert model.tokenizer.decode(counting.since(), special=True).startswith("<bos>[system]Be brief.[user]Hello.")
+        conversation.system = "Be kind."
+        say(conversation, "Why?")
+        assert "[user]Be kind.\n\nWhy?" in model.tokenizer.decode(counting.since(), special=True)
+        say(conversation, "And?")
+        assert "[user]And?" in model.tokenizer.decode(counting.since(), special=True)
+
+
 def test_another_system_text_answers_anew(model: Any) -> None:
     conversation = Conversation(model, SHORT)
     say(conversation, "Hello.")

@@ -138,8 +138,10 @@ def test_a_closed_model_ends_its_states_in_words(path: Path, tmp_path: Path) -> 
     model = load(path, backend="ggml", threads=1)
     state = model.new_state()
     model.forward(TEXT[:20], state, trace=True)
+    snapshot = state.snapshot()
     model.close()
-    for use in (state.copy, state.read, lambda: state.save(tmp_path / "s"), lambda: state.rollback(7)):
+    uses = (state.copy, state.read, state.snapshot, lambda: state.save(tmp_path / "s"), lambda: state.rollback(7))
+    for use in (*uses, lambda: state.resume(snapshot), lambda: model.new_state(snapshot)):
         with pytest.raises(UnsupportedError, match="closed"):
             use()
 

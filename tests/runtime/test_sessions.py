@@ -124,6 +124,7 @@ def test_only_the_owner_can_read_it(model: Any, data: Path) -> None:
     finally:
         os.umask(before)
     folders = [data / "sessions", path, data / "sessions" / "copy"]
+    assert stat.S_IMODE(data.stat().st_mode) == 0o700
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
     files = [file for folder in folders[1:] for file in folder.iterdir()]
     assert {file.suffix for file in files} == {".state", ".json", ""}
@@ -165,7 +166,7 @@ def test_what_was_taken_back_is_deleted(model: Any) -> None:
     assert len(states(place(conversation))) == 2
 
 
-@pytest.mark.parametrize("broken", ["write_record", "_sweep"])
+@pytest.mark.parametrize("broken", ["write_record", "sweep"])
 def test_a_crash_between_two_writes_loses_nothing(model: Any, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     conversation = begun(model, "work", "Hello.")
     path = place(conversation)
@@ -257,6 +258,62 @@ def test_a_document_is_the_sessions_own(model: Any) -> None:
     assert len(model.since()) == len(found.last.prompt) + len(found.last.said) - 1
 
 
+def after_a_document(model: Any, *texts: str) -> Conversation:
+    state = model.new_state()
+    model.forward(model.tokenizer.encode("The fox of the river said nothing."), state)
+    beginning = Beginning("fox", "text", state.snapshot())
+    conversation = Conversation(model, SHORT, Session.begin(model, "work"), beginning=beginning)
+    say(conversation, *texts)
+    return conversation
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise GriffinError("x.state: cannot be written: No space left on device")
+
+
+def test_a_documents_state_that_could_not_be_written_is_written_the_next_time(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = after_a_document(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin_gguf.runtime.snapshot.Snapshot.save", full)
+        with pytest.raises(GriffinError, match="No space left"):
+            conversation.commit()
+    say(conversation, "Hello.")
+    root = (states(place(conversation)) - set(conversation.snapshots())).pop()
+    (place(conversation) / f"{root}.state").unlink()
+    say(conversation, "Why?")
+    conversation.shelf.close()
+    found = reopened(model)
+    assert [turn.user for turn in found.turns] == ["Hello.", "Why?"]
+    assert states(place(found)) == {root, *found.snapshots()}
+
+
+def test_without_its_documents_state_a_session_says_so(model: Any) -> None:
+    conversation = after_a_document(model, "Hello.")
+    path = place(conversation)
+    (root,) = states(path) - set(conversation.snapshots())
+    conversation.shelf.close()
+    (path / f"{root}.state").unlink()
+    with pytest.raises(GriffinError) as error:
+        reopened(model)
+    assert str(error.value) == "session work: the state of its document fox is missing"
+
+
+def test_a_session_knows_whether_all_of_it_is_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = begun(model, None)
+    session: Any = conversation.shelf
+    assert session.saved
+    for broken in ("griffin_gguf.runtime.snapshot.Snapshot.save", "griffin_gguf.runtime.sessions.write_record"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, full)
+            with pytest.raises(GriffinError, match="No space left"):
+                say(conversation, "Hello.")
+        assert not session.saved
+        conversation.commit()
+        assert session.saved
+
+
 def test_a_name_is_taken_once(model: Any) -> None:
     begun(model, "work", "Hello.").shelf.close()
     with pytest.raises(GriffinError, match="session work: is there already"):
@@ -296,8 +353,8 @@ def test_a_session_is_open_once(model: Any) -> None:
 def test_a_session_is_open_in_one_process_and_free_when_that_dies(model: Any, data: Path) -> None:
     begun(model, "work", "Hello.").shelf.close()
     holding = (
-        "from griffin_gguf.runtime.sessions import _Lock, folder\n"
-        "lock = _Lock(folder() / 'work')\nprint('held', flush=True)\ninput()"
+        "from griffin_gguf.runtime.session_folders import Lock, folder\n"
+        "lock = Lock(folder() / 'work')\nprint('held', flush=True)\ninput()"
     )
     with start_python(holding) as process:
         assert process.stdout
@@ -345,6 +402,67 @@ def test_of_unnamed_sessions_the_newest_stay_with_their_last_turn(model: Any) ->
     stay = dict.fromkeys(names[-(UNNAMED - 1) :], 2)
     assert found == {"named": 4, place(last).name: 4, names[1]: 4, **stay}
     say(in_use, "And?")
+
+
+def test_what_goes_on_while_it_is_tidied_stays_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = begun(model, None, "Hello.")
+    name, listed = place(first).name, entries
+    first.shelf.close()
+
+    def slow() -> list[sessions.Entry]:
+        found = listed()
+        other = reopened(model, name)  # as another process may, before it is locked here
+        say(other, "Why?")
+        other.shelf.close()
+        return found
+
+    monkeypatch.setattr(sessions, "entries", slow)
+    begun(model, None, "Hello.")
+    assert states(sessions.folder() / name) == set(reopened(model, name).snapshots())
+
+
+def test_what_a_crash_in_a_first_turn_has_left_is_deleted_in_time(model: Any, data: Path) -> None:
+    begun(model, None, "Hello.").shelf.close()
+    for name in ("old", "young", "other"):
+        folder = data / "sessions" / name
+        folder.mkdir()
+        (folder / f"{'0' * 16}.state").touch()
+        (folder / "lock").touch()
+    (data / "sessions" / "other" / "letter.txt").touch()
+    for name in ("old", "other"):
+        os.utime(data / "sessions" / name, (0, 0))
+    begun(model, None, "Hello.").shelf.close()
+    assert {path.name for path in (data / "sessions").iterdir() if not path.name.startswith("chat-")} == {
+        "young",
+        "other",
+    }
+
+
+def test_a_folder_that_no_session_can_have_is_no_hindrance(model: Any, data: Path) -> None:
+    begun(model, "work", "Hello.").shelf.close()
+    (data / "sessions" / "bad name").mkdir()
+    (data / "sessions" / "bad name" / "session.json").write_text("{")
+    assert sessions.names() == ["work"]
+    assert sessions.latest(model) == "work"
+
+
+def test_a_session_from_before_an_option_was_there_has_its_usual_value(model: Any) -> None:
+    begun(model, "work", "Hello.").shelf.close()
+    file = sessions.folder() / "work" / "session.json"
+    record = json.loads(file.read_text())
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert record["sampling"].pop(name) == 0
+    file.write_text(json.dumps(record))
+    assert reopened(model).settings == SHORT
+
+
+def test_another_backends_session_says_which(model: Any) -> None:
+    begun(model, "work", "Hello.").shelf.close()
+    with load(model.path, backend="numpy") as other:
+        session = Session.open(other, "work")
+        with pytest.raises(FileFormatError, match=r"was kept by another backend than numpy; go on with --backend ggml"):
+            session.conversation(session.settings())
+        session.close()
 
 
 SHORTEST: dict[str, Any] = {
@@ -439,7 +557,7 @@ def test_a_damaged_state_is_an_error_and_a_missing_one_is_read_again(model: Any)
     raw[-1] ^= 1
     file.write_bytes(raw)
     session = Session.open(model, "work")
-    with pytest.raises(FileFormatError, match="the file is damaged") as error:
+    with pytest.raises(FileFormatError, match=r"the file is damaged: .*; delete this file, and its") as error:
         session.conversation(session.settings())
     assert str(error.value).startswith(str(file))
     session.close()
