@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -55,8 +56,6 @@ class Griffin(TyperGroup):
             if self.debug:
                 raise
             code = self._fail(error)
-        if code == _INTERRUPTED:
-            err.print("griffin: interrupted")
         sys.exit(code or 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -148,6 +147,7 @@ for command in (
 
 def main() -> NoReturn:
     """`griffin` on the command line."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -155,10 +155,30 @@ def main() -> NoReturn:
     try:
         app(prog_name="griffin")
     except SystemExit as end:
-        if end.code in (_INTERRUPTED, _TERMINATED):
-            # Files are cleaned up, but a thread may be deep in ggml for seconds, and Python would wait for it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        if end.code not in (_INTERRUPTED, _TERMINATED):
+            raise
+        _leave(end.code)
+    except KeyboardInterrupt:  # another one, while the first was being dealt with
+        _leave(_INTERRUPTED)
     raise AssertionError("unreachable: the group exits")
+
+
+def _leave(code: int) -> NoReturn:
+    """End by a signal. Files are cleaned up, but a thread may be deep in ggml for seconds: Python would wait for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # held down, Ctrl-C comes again and again
+    if code == _INTERRUPTED:
+        err.print("griffin: interrupted")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _open_streams() -> None:
+    """Put an empty stream where the caller has closed one: to Python it is None, and files opened later take its place.
+
+    In this order, since each takes the lowest number that is free.
+    """
+    null = Path(os.devnull)
+    sys.stdin = sys.stdin or null.open(encoding="utf-8")
+    sys.stdout = sys.stdout or null.open("w", encoding="utf-8")
+    sys.stderr = sys.stderr or null.open("w", encoding="utf-8")

@@ -93,6 +93,8 @@ class Modelfile:
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repeat_penalty,
             "repeat_last_n": sampling.repeat_last_n,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
             "num_ctx": self.context,
         }
         return [f"PARAMETER {name} {value}" for name, value in values.items()]

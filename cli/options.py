@@ -108,6 +108,28 @@ RepeatLastN = Annotated[
         "--repeat-last-n", metavar="N", min=-1, rich_help_panel=_SAMPLING, help="How many tokens are recent; -1: all."
     ),
 ]
+PresencePenalty = Annotated[
+    float,
+    typer.Option(
+        "--presence-penalty",
+        metavar="X",
+        min=-2,
+        max=2,
+        rich_help_panel=_SAMPLING,
+        help="Above 0 makes tokens less likely that the answer has already; 0: off.",
+    ),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(
+        "--frequency-penalty",
+        metavar="X",
+        min=-2,
+        max=2,
+        rich_help_panel=_SAMPLING,
+        help="The same, the more so the more often it has them; 0: off.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(

@@ -153,31 +153,50 @@ class Place:
 
         Raises `BusyError` where another process is at it.
         """
-        with _naming(self.path):
-            _make_private(self.path)
-            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = self._lock()
         try:
+            yield
+        finally:
+            with suppress(OSError):  # something is in it
+                if [path.name for path in self.path.iterdir()] == [_LOCK]:
+                    (self.path / _LOCK).unlink()
+                    self.path.rmdir()
+            os.close(handle)
+
+    def _lock(self) -> int:
+        """The folder's lock file, open and held. Whoever held it before may have removed it: then it is no lock."""
+        while True:
+            with _naming(self.path):
+                _make_private(self.path)
+                try:
+                    # Were it a link into nowhere, it would be missing for ever.
+                    handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                except FileNotFoundError:  # the folder was removed in this very moment
+                    continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                os.close(handle)
                 raise BusyError(f"document {self.name!r}: another process is reading into it") from None
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # it is gone, or something is in it
-                    if [path.name for path in self.path.iterdir()] == [_LOCK]:
-                        (self.path / _LOCK).unlink()
-                        self.path.rmdir()
-        finally:
+            if os.fstat(handle).st_nlink:
+                return handle
             os.close(handle)
+
+    def expect(self) -> None:
+        """Raise `UnsupportedError` where there is neither a document nor an unfinished reading, sound or not."""
+        if not self.path.exists():
+            raise UnsupportedError(f"document {self.name!r}: there is none")
 
     def delete(self) -> None:
         """Remove all of it. Raises `UnsupportedError` where there is none, `BusyError` while it is being read."""
-        if not self.path.exists():
-            raise UnsupportedError(f"document {self.name!r}: there is none")
+        self.expect()
         with self.locked(), _naming(self.path):
             (self.path / _DOCUMENT).unlink(missing_ok=True)  # half of a document is none
-            shutil.rmtree(self.path)
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:  # the last to go, with the folder
+                    path.unlink()
 
 
 def _make_private(path: Path) -> None:

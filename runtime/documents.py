@@ -118,6 +118,11 @@ def survey() -> Survey:
     return found
 
 
+def expect(name: str) -> None:
+    """Raise `UnsupportedError` where `delete` would find neither a document nor an unfinished reading."""
+    Place(name).expect()
+
+
 def delete(name: str) -> None:
     """Remove a document, or an unfinished reading, sound or not.
 

@@ -10,7 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from griffin_gguf.runtime.errors import UnsupportedError
 from griffin_gguf.runtime.tokenizer import Tokenizer
+
+#: Characters on end without a place to cut that are still read: SentencePiece takes some 700 MB for so many.
+LONGEST = 1 << 24
 
 _SPACE = "\u2581"  # how the vocabulary writes a space
 
@@ -18,24 +22,32 @@ _SPACE = "\u2581"  # how the vocabulary writes a space
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
     """Ids that joined are `tokenizer.encode("".join(pieces), bos=False)`.
 
-    At most one piece is held back, save where pieces on end have no place to cut. Raises as `Tokenizer.encode`.
+    At most one piece is held back, save where pieces on end have no place to cut. Raises as `Tokenizer.encode`, and
+    `UnsupportedError` where those are too long.
     """
     inside, prefixed = _pairs(tokenizer), _prefixed(tokenizer)
-    text, first = "", True
+    held, tail, size, first = list[str](), "", 0, True  # `tail` ends what is held: as much as decides about a cut
 
     def ids(part: str) -> list[int]:
         # Where every text is given a space in front, that one stands for the space at which it was cut.
         return tokenizer.encode(part if first or not prefixed else part[1:], bos=False)
 
     for piece in pieces:
-        least = max(len(text) - prefixed, 1)
-        text += piece
-        at = _last_cut(text, least, inside, prefixed)
+        joint = tail + piece
+        at = _last_cut(joint, max(len(tail) - prefixed, 1), inside, prefixed)
+        held.append(piece)
+        size += len(piece)
         if at:
-            yield ids(text[:at])
-            text, first = text[at:], False
-    if text:
-        yield ids(text)
+            text = "".join(held)
+            cut = size - len(joint) + at
+            yield ids(text[:cut])
+            held, size, first = [text[cut:]], size - cut, False
+        if size > LONGEST:
+            start = ascii("".join(held)[:20])
+            raise UnsupportedError(f"text: {LONGEST:,} characters on end have no place to cut, from {start} on")
+        tail = joint[-1 - prefixed :]
+    if size:
+        yield ids("".join(held))
 
 
 def _last_cut(text: str, least: int, inside: frozenset[int], prefixed: bool) -> int:

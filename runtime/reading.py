@@ -1,9 +1,9 @@
 """Reading texts of any length into a document: in chunks, with checkpoints, in memory that stays the same.
 
-The texts are gone through twice. First their bytes: each must be UTF-8, and their SHA-256 tells whether what an
-interrupted run has read is still what there is to read. Then their tokens, always in the same chunks. Those that the
-checkpoint's state holds are passed over, which costs next to nothing beside reading them. So a reading that was
-interrupted ends in the very bits of one that was not.
+The texts are gone through twice. First their bytes: each must be UTF-8, their SHA-256 tells whether what an
+interrupted run has read is still what there is to read, and where white space at their ends begins is known only there.
+Then their tokens, always in the same chunks. Those that the checkpoint's state holds are passed over, which costs next
+to nothing beside reading them. So a reading that was interrupted ends in the very bits of one that was not.
 """
 
 import codecs
@@ -42,7 +42,10 @@ _SURVEYED, _ENCODED = 1 << 20, 1 << 12  # bytes at once: few for the tokenizer, 
 
 @dataclass(frozen=True)
 class Part:
-    """A text: what errors call it, and how its bytes are opened, as often as needed."""
+    """A text: what errors call it, and how its bytes are opened, as often as needed.
+
+    They are UTF-8; a byte-order mark in front is no part of the text.
+    """
 
     name: str
     open: Callable[[], AbstractContextManager[BinaryIO]]
@@ -83,7 +86,8 @@ class Reading:
             stack.enter_context(self._place.locked())
             if self._place.complete and not replacing:
                 raise UnsupportedError(f"document {name!r}: exists already; --replace reads it anew")
-            self._made = _nothing(model, form, parts)
+            self._spans = [_survey(part, form) for part in parts]
+            self._made = _nothing(model, form, [span.source for span in self._spans])
             self._resume()
             self._stack = stack.pop_all()
 
@@ -95,7 +99,7 @@ class Reading:
         is not the same any more, or a disk that is full.
         """
         state, since = self._model.new_state(self._start), monotonic()
-        texts, total = _Texts(self._parts, self._made), sum(source.nbytes for source in self._made.sources)
+        texts, total = _Texts(self._parts, self._spans), sum(source.nbytes for source in self._made.sources)
         ahead, before = self.kept, 0  # tokens to pass over, and the bytes that they were
         try:
             for chunk in self._chunks(texts):
@@ -193,61 +197,68 @@ class Reading:
         self.close()
 
 
-class _Texts:
-    """The pieces of all texts together, once; `nbytes` of them are read, and one of them may have `changed`.
+@dataclass(frozen=True)
+class _Span:
+    """A text that was gone through, and what of it is read: characters `start` to `end`.
 
-    A document in a turn is without white space at both ends of each text, as templates have a message; plain text only
-    without its last newline, as `griffin generate` takes a prompt.
+    In a turn, a text is without white space at both ends, as templates have a message; plain text only without its
+    last newline, as `griffin generate` takes a prompt.
     """
 
-    def __init__(self, parts: Sequence[Part], made: Checkpoint) -> None:
+    source: Source
+    start: int
+    end: int
+
+
+class _Texts:
+    """The pieces of all texts together, once; `nbytes` of them are read, and one of them may have `changed`."""
+
+    def __init__(self, parts: Sequence[Part], spans: Sequence[_Span]) -> None:
         self.nbytes, self.changed = 0, False
-        self._parts, self._sources, self._turn = parts, made.sources, made.form == "turn"
+        self._parts, self._spans = parts, spans
 
     def __iter__(self) -> Iterator[str]:
-        for i, (part, source) in enumerate(zip(self._parts, self._sources, strict=True)):
+        for i, (part, span) in enumerate(zip(self._parts, self._spans, strict=True)):
             if i:
                 yield _BETWEEN
-            digest, start = hashlib.sha256(), self.nbytes
-            yield from self._trimmed(_decoded(part, _ENCODED, digest.update, self._count))
-            if (self.nbytes - start, digest.hexdigest()) != (source.nbytes, source.sha256):
+            digest, start, at = hashlib.sha256(), self.nbytes, 0
+            for piece in _decoded(part, _ENCODED, digest.update, self._count):
+                if kept := piece[max(span.start - at, 0) : max(span.end - at, 0)]:
+                    yield kept
+                at += len(piece)
+            if (self.nbytes - start, digest.hexdigest()) != (span.source.nbytes, span.source.sha256):
                 self.changed = True
                 raise GriffinError(f"{part.name}: has changed while it was read")
 
     def _count(self, raw: bytes) -> None:
         self.nbytes += len(raw)
 
-    def _trimmed(self, pieces: Iterator[str]) -> Iterator[str]:
-        """One text's pieces without what is to be left out; white space waits for what follows it."""
-        begun, held = False, ""
-        for piece in pieces:
-            text = held + piece
-            if self._turn and not begun:
-                text = text.lstrip()
-            kept = text.rstrip() if self._turn else text.removesuffix("\n").removesuffix("\r")
-            begun, held = begun or bool(kept), text[len(kept) :]
-            if kept:
-                yield kept
 
-
-def _survey(part: Part) -> Source:
+def _survey(part: Part, form: Form) -> _Span:
     """Go through a text's bytes. Raises `FileFormatError` for one that is not UTF-8, or all white space."""
-    digest, nbytes, empty = hashlib.sha256(), 0, True
+    digest, nbytes, at = hashlib.sha256(), 0, 0
+    first, behind, tail = None, 0, ""  # where what is no white space begins and ends; the last two characters
 
     def count(raw: bytes) -> None:
         nonlocal nbytes
         nbytes += len(raw)
 
     for piece in _decoded(part, _SURVEYED, digest.update, count):
-        empty = empty and (not piece or piece.isspace())
-    if empty:
+        if kept := piece.rstrip():
+            first = at + len(piece) - len(piece.lstrip()) if first is None else first
+            behind = at + len(kept)
+        at, tail = at + len(piece), (tail + piece)[-2:]
+    if first is None:
         raise FileFormatError(part.name, "text", "expected some, found none")
-    return Source(Path(part.name).name, nbytes, digest.hexdigest())
+    source = Source(Path(part.name).name, nbytes, digest.hexdigest())
+    if form == "turn":
+        return _Span(source, first, behind)
+    return _Span(source, 0, at - len(tail) + len(tail.removesuffix("\n").removesuffix("\r")))
 
 
 def _decoded(part: Part, size: int, *seen: Callable[[bytes], None]) -> Iterator[str]:
-    """A text in pieces of `size` bytes, each shown to `seen` before."""
-    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    """A text in pieces of `size` bytes, each shown to `seen` before, without a byte-order mark."""
+    decoder, at, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     try:
         with part.open() as file:
             raw = b"-"
@@ -257,10 +268,12 @@ def _decoded(part: Part, size: int, *seen: Callable[[bytes], None]) -> Iterator[
                     look(raw)
                 waiting = len(decoder.getstate()[0])
                 try:
-                    yield decoder.decode(raw, final=not raw)
+                    piece = decoder.decode(raw, final=not raw)
                 except UnicodeDecodeError as error:
                     where = f"{error.reason} at byte {at - waiting + error.start}"
                     raise FileFormatError(part.name, "text", f"is not UTF-8: {where}") from None
+                yield piece if begun else piece.removeprefix(codecs.BOM_UTF8.decode())
+                begun = begun or bool(piece)
                 at += len(raw)
     except OSError as error:
         raise FileFormatError(part.name, "text", f"cannot be read: {error.strerror}") from error
@@ -276,7 +289,7 @@ def _opening(model: Model, form: Form) -> list[int]:
     return template.opening(model.tokenizer)
 
 
-def _nothing(model: Model, form: Form, parts: Sequence[Part]) -> Checkpoint:
+def _nothing(model: Model, form: Form, sources: Sequence[Source]) -> Checkpoint:
     """What is to be read, none of it read."""
     vocabulary = {name: value for name, value in model.file.metadata.items() if name.startswith("tokenizer.")}
     return Checkpoint(
@@ -285,7 +298,7 @@ def _nothing(model: Model, form: Form, parts: Sequence[Part]) -> Checkpoint:
         fingerprint=fingerprint(model.file),
         backend=model.backend,
         vocabulary=hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest(),
-        sources=tuple(map(_survey, parts)),
+        sources=tuple(sources),
         tokens=0,
         state="",
     )

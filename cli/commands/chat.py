@@ -11,10 +11,12 @@ from griffin_gguf.cli.options import (
     Backend,
     DeviceNames,
     DraftFile,
+    FrequencyPenalty,
     LayersOn,
     Lookup,
     MinP,
     Model,
+    PresencePenalty,
     RepeatLastN,
     RepeatPenalty,
     Seed,
@@ -32,7 +34,8 @@ _KEPT = "Conversations"
 
 #: Options that a conversation remembers: those of `Settings`, by the names of this command's parameters.
 _REMEMBERED = (
-    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed", "max_tokens", "stop",
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
+    "frequency_penalty", "seed", "max_tokens", "stop",
 )  # fmt: skip
 
 
@@ -91,6 +94,8 @@ def chat(
     min_p: MinP = 0.0,
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = None,
     draft: DraftFile = None,
     lookup: Lookup = False,

@@ -9,8 +9,10 @@ import typer
 from griffin_gguf.cli.commands.convert import new_folder
 from griffin_gguf.cli.console import note, out
 from griffin_gguf.cli.options import (
+    FrequencyPenalty,
     MinP,
     Model,
+    PresencePenalty,
     RepeatLastN,
     RepeatPenalty,
     Temperature,
@@ -61,6 +63,8 @@ def export_ollama(
     min_p: MinP = 0.0,
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
 ) -> None:
     """Put a GGUF beside a Modelfile for Ollama: template, stops, parameters, system text and licence.
 
@@ -74,7 +78,16 @@ def export_ollama(
     from griffin_gguf.runtime.gguf_file import GgufFile
     from griffin_gguf.runtime.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n)
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repeat_penalty,
+        repeat_last_n,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )
     with GgufFile.open(path) as file:
         if (parts := len(file.paths)) > 1:
             raise UnsupportedError(

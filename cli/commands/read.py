@@ -1,6 +1,5 @@
 """`griffin read`: read a text once, and begin from it any number of times."""
 
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from griffin_gguf.runtime.reading import Part, Reading
 
 _STDIN = Path("-")
+_BLOCK = 1 << 20  # bytes copied at once
 
 
 def register(app: typer.Typer) -> None:
@@ -66,13 +66,15 @@ def read(
     texts are read as the beginning of a question, for what is asked afterwards; else, and with --plain, as they are.
     """
     from griffin_gguf.runtime.chat import ChatTemplate
+    from griffin_gguf.runtime.document_files import Place
     from griffin_gguf.runtime.documents import find
     from griffin_gguf.runtime.reading import Reading
 
     if files.count(_STDIN) > 1:
         raise typer.BadParameter("-: stdin can be read only once")
     with ExitStack() as stack:
-        parts = [_part(file, stack) for file in files]
+        folder = Place(name).path
+        parts = [_part(file, folder, stack) for file in files]
         model = stack.enter_context(load_model(path, backend, threads, parse_devices(device, layers_on)))
         chats = ChatTemplate.from_gguf(model.path, model.file.metadata) is not None
         form = "turn" if chats and not plain else "text"
@@ -120,27 +122,45 @@ def _stoppable(report: Callable[[int, int], None]) -> Iterator[Callable[[int, in
         signal.signal(signal.SIGINT, before)
 
 
-def _part(path: Path, stack: ExitStack) -> "Part":
-    """A text that can be read twice: what is no regular file is copied to a temporary one."""
+def _part(path: Path, folder: Path, stack: ExitStack) -> "Part":
+    """A text that can be read twice: of what is no regular file, a copy is."""
     from griffin_gguf.runtime.reading import Part
 
     if path == _STDIN:
-        return _copied("stdin", sys.stdin.buffer, stack)
+        return Part("stdin", _Copy(sys.stdin.buffer, folder, stack).open)
     if path.is_file():
         return Part.file(path)
-    with path.open("rb") as pipe:
-        return _copied(str(path), pipe, stack)
+    return Part(str(path), _Copy(stack.enter_context(path.open("rb")), folder, stack).open)
 
 
-def _copied(name: str, source: BinaryIO, stack: ExitStack) -> "Part":
-    from griffin_gguf.runtime.reading import Part
+class _Copy:
+    """A pipe's bytes in a file without a name in the document's folder, where there is room for long texts.
 
-    file = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  the stack closes it
-    shutil.copyfileobj(source, file)
+    Made when it is first opened: by then the folder is there. The system removes it at the latest with this process.
+    """
+
+    def __init__(self, source: BinaryIO, folder: Path, stack: ExitStack) -> None:
+        self._source, self._folder, self._stack = source, folder, stack
+        self._file: BinaryIO | None = None
 
     @contextmanager
-    def opened() -> Iterator[BinaryIO]:
-        file.seek(0)
-        yield file
+    def open(self) -> Iterator[BinaryIO]:
+        """At its beginning. Raises `GriffinError` naming the folder where the copy cannot be written."""
+        if self._file is None:
+            self._file = self._copied()
+        self._file.seek(0)
+        yield self._file
 
-    return Part(name, opened)
+    def _copied(self) -> BinaryIO:
+        from griffin_gguf.runtime.atomic import PartialFile
+        from griffin_gguf.runtime.errors import GriffinError
+
+        try:
+            raw = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  the stack closes it
+        except OSError as error:
+            raise GriffinError(f"{self._folder}: cannot be written: {error.strerror}") from error
+        self._stack.enter_context(raw)
+        target = PartialFile(self._folder, raw)
+        while block := self._source.read(_BLOCK):
+            target.write(block)
+        return raw

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from griffin_gguf.cli.console import cell, clean, note, out, print_json, size, table
+from griffin_gguf.cli.console import cell, clean, note, only_cut, out, print_json, size, table
 from griffin_gguf.cli.options import Json, add_command
 
 if TYPE_CHECKING:
     from griffin_gguf.runtime.documents import Document
 
 _FORMS = {"turn": "in a turn", "text": "plain"}
+
+#: Columns' widths where a terminal is narrow: a name's beginning, a word, and a date, the time below it.
+_LEAST = {"model": 5, "form": 5, "created, UTC": 10}
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A document.", show_default=False)]
 
@@ -70,7 +73,13 @@ def _list(ctx: typer.Context, as_json: Json = False) -> None:
             _FORMS[document.form],
             _time(document),
         )
-    out().print(rows)
+    only_cut(rows, "model", "form", "created, UTC")
+    for column in rows.columns:
+        column.min_width = _LEAST.get(str(column.header), column.min_width)
+    page = out()
+    # Three between two columns, two at each end. In less, rich would leave columns out; a terminal breaks the line.
+    page.width = max(page.width, sum(column.min_width or 0 for column in rows.columns) + 3 * len(rows.columns) + 1)
+    page.print(rows, crop=False)
 
 
 def show(name: Name, as_json: Json = False) -> None:
@@ -81,21 +90,16 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(_described(document))
         return
-    rows = table("", "")
-    rows.show_header, rows.box = False, None
-    lines = {
-        "document": f"{name}, {document.tokens:,} tokens, {_FORMS[document.form]}",
-        "model": f"{document.model}, fingerprint {document.fingerprint[:12]}, read by {document.backend}",
-        "created": f"{_time(document)} UTC",
-        "file": f"{document.path} ({size(document.nbytes)})",
-    }
-    for heading, line in lines.items():
-        rows.add_row(f"[bold]{heading}[/bold]", cell(line))
-    out().print(rows, soft_wrap=True)
-    sources = table("text", "size", "SHA-256", right=("size",))
+    lines = [
+        ("document", f"{name}, {document.tokens:,} tokens, {_FORMS[document.form]}"),
+        ("model", f"{document.model}, fingerprint {document.fingerprint[:12]}, read by {document.backend}"),
+        ("created", f"{_time(document)} UTC"),
+        ("file", f"{document.path} ({size(document.nbytes)})"),
+    ]
     for source in document.sources:
-        sources.add_row(cell(source.name), size(source.nbytes), source.sha256)
-    out().print(sources)
+        lines += [("text", f"{source.name} ({size(source.nbytes)})"), ("SHA-256", source.sha256)]
+    for heading, line in lines:  # in one line each, which a terminal breaks: a path or a digest is for copying
+        out().print(f"[bold]{heading:<8}[/bold]", cell(line), soft_wrap=True)
 
 
 def delete(
@@ -103,8 +107,11 @@ def delete(
 ) -> None:
     """Delete documents, and what interrupted readings of these names have left."""
     from griffin_gguf.runtime.documents import delete as remove
+    from griffin_gguf.runtime.documents import expect
 
-    for name in names:
+    for name in names:  # none goes where one is misspelled
+        expect(name)
+    for name in dict.fromkeys(names):
         remove(name)
         out().print(f"deleted {name}", markup=False)
 

@@ -4,13 +4,15 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from command import done, griffin, refused, start
+from command import done, griffin, refused, start, start_python
 
+from griffin_gguf.cli import console
 from griffin_gguf.runtime.places import VARIABLE
 
 GREEDY = ("--temp", "0", "-t", "1")
@@ -111,6 +113,63 @@ def test_files_pipes_and_stdin_are_read_alike(model: Path, data: Path, tmp_path:
     names = {d["name"]: [s["name"] for s in d["sources"]] for d in json.loads(done("states", "--json"))}
     assert (names["stdin"], names["pipe"]) == (["one.txt", "stdin"], ["one.txt", "pipe"])
     assert "stdin can be read only once" in refused("read", model, "-", "-", "--save", "twice", code=2)
+
+
+def test_a_pipe_is_copied_into_the_documents_folder(
+    model: Path, text: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    done("read", model, "-", "--save", "words", "-t", "1", stdin=text.read_bytes())
+    assert sorted(path.suffix for path in (data / "words").iterdir()) == ["", ".json", ".state"]
+    code = f"""
+import resource, sys
+from griffin_gguf.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+sys.argv = ["griffin", "read", {str(model)!r}, "-", "--save", "long", "-t", "1"]
+main.main()
+"""
+    with start_python(code) as process:
+        _, told = process.communicate(TEXT[:20_000])
+    assert told == f"griffin: error: {data / 'long'}: cannot be written: File too large\n"
+    assert [path.name for path in data.iterdir()] == ["words"]
+
+
+def test_a_byte_order_mark_is_no_text(model: Path, text: Path, data: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    for name, path in (("words", text), ("marked", marked)):
+        done("read", model, path, "--save", name, "-t", "1")
+    assert state_of(data, "words") == state_of(data, "marked")
+
+
+def test_a_narrow_terminal_cuts_no_name_and_no_number(
+    model: Path, text: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "a-document-of-quite-a-long-name-for-so-narrow-a-terminal"
+    for name in ("words", long):
+        done("read", model, text, "--save", name, "-t", "1")
+    (listed, _) = json.loads(done("states", "--json"))
+    for width in (80, 60, 40):
+        monkeypatch.setattr(console, "_PIPE_WIDTH", width)
+        page = done("states")
+        rows = [line.split() for line in page.splitlines()]
+        assert [row[0] for row in rows if row and row[0] in ("words", long)] == [long, "words"]
+        assert page.count(f" {listed['tokens']} ") == page.count(f"{listed['nbytes'] / 1024:.1f} KiB") == 2
+        assert page.count(listed["created"][:10]) == page.count(listed["created"][11:16]) == 2
+        shown = done("states", "show", "words").split("\n")
+        (path,) = (data / "words").glob("*.state")
+        assert any(line.startswith(f"file     {path} (") for line in shown)
+        assert f"SHA-256  {sha256(text.read_bytes()).hexdigest()}" in shown
+
+
+def test_one_wrong_name_deletes_nothing(model: Path, text: Path, data: Path) -> None:
+    for name in ("one", "two"):
+        done("read", model, text, "--save", name, "-t", "1")
+    assert refused("states", "delete", "one", "no", "two") == "document 'no': there is none"
+    assert "expected 1 to 64 letters" in refused("states", "delete", "one", "../two")
+    assert sorted(path.name for path in data.iterdir()) == ["one", "two"]
+    assert done("states", "delete", "one", "two", "one") == "deleted one\ndeleted two\n"
+    assert list(data.iterdir()) == []
 
 
 def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(model: Path, data: Path, tmp_path: Path) -> None:

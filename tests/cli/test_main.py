@@ -1,4 +1,7 @@
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +101,62 @@ def test_every_exception_becomes_one_line(error: Exception, line: str) -> None:
 
 def test_an_interruption_has_its_exit_code() -> None:
     result = CliRunner().invoke(_failing_with(KeyboardInterrupt()), ["fail"])
-    assert (result.exit_code, result.stderr) == (130, "griffin: interrupted\n")
+    assert (result.exit_code, result.stderr) == (130, "")  # `main` says it
+
+
+_INTERRUPTED_AGAIN = """
+import os, signal, sys
+from griffin_gguf.cli import main
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+def also(real):
+    return lambda *arguments, **options: (interrupt(), real(*arguments, **options))
+{}
+sys.argv = ["griffin", "devices"]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "main.Griffin.invoke = interrupt",
+        "main.Griffin.invoke = interrupt; main.err.print = also(main.err.print)",
+        "main.Griffin.invoke = interrupt; main.sys.exit = interrupt",
+    ],
+)
+def test_ctrl_c_held_down_is_one_interruption(moment: str) -> None:
+    with start_python(_INTERRUPTED_AGAIN.format(moment)) as process:
+        assert process.communicate() == ("", "griffin: interrupted\n")
+        assert process.returncode == 130
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_an_empty_one(closed: str, model: Path) -> None:
+    command = [sys.executable, "-m", "griffin_gguf.cli", "generate", str(model), "-p", "x", "-n", "4", "-t", "1"]
+    words = done(*command[3:], "--temp", "0")
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command, "--temp", "0"]
+    result = subprocess.run(shell, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}, check=False)
+    assert result.returncode == 0
+    assert result.stdout == ("" if ">&- 2" in closed or closed == ">&-" else words)
+    assert result.stderr.startswith("" if "2>&-" in closed else "prompt ")
+    assert "Error" not in result.stderr
+
+
+def test_a_chat_needs_no_stdin(model: Path) -> None:
+    command = [sys.executable, "-m", "griffin_gguf.cli", "chat", str(model), "-p", "Hi.", "-n", "4", "-t", "1"]
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (result.returncode, "error" in result.stderr, bool(result.stdout)) == (0, False, True)
+
+
+def test_what_is_to_be_read_from_a_closed_stdin_is_nothing(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "griffin_gguf.cli", "read", str(model), "-", "--save", "x"]
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    result = subprocess.run(
+        shell, capture_output=True, text=True, env=os.environ | {"GRIFFIN_DATA": str(tmp_path)}, check=False
+    )
+    assert (result.returncode, result.stderr) == (1, "griffin: error: stdin: text: expected some, found none\n")
 
 
 def _failing_with(error: BaseException) -> typer.Typer:

@@ -1,6 +1,7 @@
 """Documents: read once, bit by bit the same however often interrupted; and nothing but a document passes for one."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from numpy.typing import NDArray
 from tiny_griffins import write_tiny
 from vocabularies import metadata_of, train
 
-from griffin_gguf.runtime import load, reading
+from griffin_gguf.runtime import document_files, load, reading
 from griffin_gguf.runtime.chat import ChatTemplate
-from griffin_gguf.runtime.document_files import Checkpoint, Place
-from griffin_gguf.runtime.documents import delete, documents, export, find, read, survey
+from griffin_gguf.runtime.document_files import Checkpoint, Form, Place
+from griffin_gguf.runtime.documents import delete, documents, expect, export, find, read, survey
 from griffin_gguf.runtime.errors import BusyError, FileFormatError, GriffinError, UnsupportedError
 from griffin_gguf.runtime.model import Model
 from griffin_gguf.runtime.places import VARIABLE
@@ -373,6 +375,51 @@ def test_twenty_thousand_tokens_take_no_more_memory_than_two_thousand(model: Mod
     assert abs(long - short) < 16  # a digit more
 
 
+def test_a_byte_order_mark_is_no_text(model: Model) -> None:
+    raw = b"\xef\xbb\xbf" + WORDS.encode()
+    for form in ("turn", "text"):
+        plain = read(model, [part()], "plain", form, replace=True)
+        marked = read(model, [Part("words.txt", lambda: BytesIO(raw))] * 2, "marked", form, replace=True)
+        twice = read(model, [part(f"{WORDS}\n\n{WORDS}")], "twice", form, replace=True)
+        assert bits(marked.snapshot(model)) == bits(twice.snapshot(model)) != bits(plain.snapshot(model))
+        assert (marked.sources[0].nbytes, marked.sources[0].sha256) == (len(raw), sha256(raw).hexdigest())
+    inside = read(model, [part("One.\ufeffTwo.")], "inside", "text")
+    assert inside.tokens == len(model.tokenizer.encode("One.\ufeffTwo."))
+    for raw, problem in (
+        (b"\xef\xbb\xbfcaf\xe9 ", "at byte 6$"),
+        (b"\xef\xbb\xbf \n", "found none$"),
+        (b"\xef\xbb", "byte 0$"),
+    ):
+        with pytest.raises(FileFormatError, match=problem):
+            read(model, [Part("words.txt", lambda raw=raw: BytesIO(raw))], "bad")
+
+
+@given(st.text(" \t\n\r\ufeff\u3000ab.", max_size=12), st.integers(1, 5), st.integers(1, 5))
+def test_white_space_is_left_out_at_the_ends_however_a_text_is_cut(text: str, first: int, second: int) -> None:
+    content = text.removeprefix("\ufeff")
+    forms: dict[Form, str] = {"turn": content.strip(), "text": content.removesuffix("\n").removesuffix("\r")}
+    for form, wanted in forms.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading, "_SURVEYED", first)
+            patch.setattr(reading, "_ENCODED", second)
+            if content.strip():
+                spans = [reading._survey(part(text), form)] * 2
+                assert "".join(reading._Texts([part(text)] * 2, spans)) == f"{wanted}\n\n{wanted}"
+            else:
+                with pytest.raises(FileFormatError, match="expected some, found none"):
+                    reading._survey(part(text), form)
+
+
+def test_white_space_without_end_takes_no_memory(model: Model) -> None:
+    raw = b" " * (8 << 20) + b"A few words." + b"\n" * (8 << 20)
+    tracemalloc.start()
+    document = read(model, [Part("words.txt", lambda: BytesIO(raw))], "words")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert document.tokens == len(ids_in_turn(model, "A few words."))
+    assert most < 6 << 20  # of which 4 MiB are the pieces in which a text is surveyed
+
+
 def test_texts_that_cannot_be_read(model: Model, data: Path, tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes(WORDS.encode() + b" caf\xe9 " + b"and so on")
     (tmp_path / "cut.txt").write_bytes(WORDS.encode() + "é".encode()[:1])
@@ -505,6 +552,69 @@ def test_one_reader_at_a_time(model: Model, data: Path) -> None:
         find("words").snapshot(model)
     delete("words")
     assert list(data.iterdir()) == []
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, flock = Place("words").locked(), fcntl.flock
+    first.__enter__()
+
+    def late(handle: int, how: int) -> None:  # the first is done between another's opening and locking
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.__exit__(None, None, None)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Place("words").locked():
+        assert (data / "words" / "lock").exists()
+        with pytest.raises(BusyError), Place("words").locked():
+            pass
+    assert list(data.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_before_its_lock_is_made_is_made_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = document_files._make_private
+
+    def gone(path: Path) -> None:
+        monkeypatch.setattr(document_files, "_make_private", make)
+        make(path)
+        path.rmdir()
+
+    monkeypatch.setattr(document_files, "_make_private", gone)
+    with Place("words").locked():
+        assert (data / "words" / "lock").exists()
+    (data / "words").mkdir()
+    (data / "words" / "lock").symlink_to(data / "nowhere" / "lock")
+    with pytest.raises(GriffinError, match="lock: Too many levels of symbolic links"), Place("words").locked():
+        pass
+
+
+def test_nobody_locks_what_is_being_deleted(model: Model, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(model, [part("Words.")], "words")
+    unlink, busy = Path.unlink, list[str]()
+
+    def noted(self: Path, missing_ok: bool = False) -> None:
+        if self.name != "lock":
+            with pytest.raises(BusyError), Place("words").locked():
+                pass
+            busy.append(self.name)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    (data / "words" / "folder").mkdir()
+    (data / "words" / "folder" / "file").write_bytes(b"")
+    (data / "words" / "link").symlink_to(data)
+    delete("words")
+    assert {"document.json", "link"} < set(busy)
+    assert list(data.iterdir()) == []
+
+
+def test_what_could_be_deleted(model: Model) -> None:
+    with pytest.raises(UnsupportedError, match="document 'words': there is none"):
+        expect("words")
+    left_unfinished(model)
+    expect("words")
 
 
 def test_a_deleted_document_is_gone(model: Model, data: Path) -> None:

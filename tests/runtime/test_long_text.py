@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import USER_DEFINED, metadata_of, train
 
-from griffin_gguf.runtime.errors import GriffinError
+from griffin_gguf.runtime import long_text
+from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 from griffin_gguf.runtime.long_text import encode_pieces
 from griffin_gguf.runtime.tokenizer import Tokenizer
 
@@ -80,6 +81,20 @@ def test_a_run_without_a_place_to_cut_is_taken_whole() -> None:
     for text in ("\n" * 3000, " " * 3000, "the" * 1000):
         pieces = [text[i : i + 100] for i in range(0, len(text), 100)]
         assert list(chain.from_iterable(encode_pieces(tokenizer, pieces))) == tokenizer.encode(text, bos=False)
+
+
+@pytest.mark.parametrize("which", ["demo", "prefixed"])
+def test_a_run_that_is_too_long_is_refused(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_text, "LONGEST", 1000)
+    tokenizer = tokenizer_of(which)
+    for count, seen in ((900, False), (3000, True)):
+        pieces = ["Words", " and"] * 2000 + [" " * 100] * (count // 100) + [" more"]
+        found = encode_pieces(tokenizer, pieces)
+        if seen:
+            with pytest.raises(UnsupportedError, match=r"^text: 1,000 characters on end have no place to cut, from '"):
+                list(found)
+        else:
+            assert list(chain.from_iterable(found)) == tokenizer.encode("".join(pieces), bos=False)
 
 
 def test_no_text_has_no_ids() -> None:
