@@ -444,6 +444,7 @@ def test_ctrl_c_while_a_turn_is_kept_loses_nothing(model: Path, capsys: pytest.C
 def test_ctrl_c_before_an_answer_begins_stops_it(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, kept: str
 ) -> None:
+    usual = signal.getsignal(signal.SIGINT)
     with load(model, threads=1) as loaded:
         conversation = Conversation(loaded, Settings(Sampling(temperature=0), 4), Shelf(1))
         repl.run(talk := Talk(loaded, conversation, typed=True), lines("Hello."))
@@ -457,7 +458,7 @@ def test_ctrl_c_before_an_answer_begins_stops_it(
         repl.run(talk, lines(line))
     assert conversation.turns == before
     assert f"(stopped before it began: {kept})" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def drain(pipe: int) -> None:
