@@ -1,6 +1,8 @@
 """What the machine offers: how many threads are worth starting; and what we take of it."""
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from griffin_gguf.runtime.errors import UnsupportedError
 #: Where Linux has the limit of a container, as that sees it: control groups of version 2, and of version 1.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _MOST_THREADS = 512  # ggml's GGML_MAX_N_THREADS: one more ends the process
 
 
@@ -47,3 +50,14 @@ def resident_bytes() -> tuple[int, int | None]:
     info: Any = psutil.Process().memory_info()
     shared: int | None = getattr(info, "shared", None)
     return info.rss, None if shared is None else info.rss - shared
+
+
+def give_back_large_blocks(nbytes: int = 1 << 20) -> bool:
+    """Let freed blocks of at least so many bytes be the system's again at once; False where that cannot be said.
+
+    By itself glibc raises this bound to the largest block that was freed so far. What comes and goes in such sizes for
+    hours, graphs and states, then leaves holes in heaps that only grow.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, nbytes))

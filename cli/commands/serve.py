@@ -161,6 +161,7 @@ def serve(
         raise typer.BadParameter("--cache-disk: expected --cache-dir with it")
     os.environ.pop(_KEY, None)  # no process that this one starts needs it
     _check_extra()
+    from griffin_gguf.runtime.machine import give_back_large_blocks
     from griffin_gguf.runtime.server.app import create_app
     from griffin_gguf.runtime.server.models import Models
     from griffin_gguf.runtime.server.run import bind, run, url
@@ -189,6 +190,7 @@ def serve(
     if cache_dir is not None:
         _make_folder(cache_dir)
     with bind(settings) as bound:
+        give_back_large_blocks()
         models = Models(paths, settings)
         _log_to_stderr()
         run(create_app(models, settings), bound, lambda: _welcome(models, settings, url(settings, bound)))
