@@ -1,7 +1,7 @@
 """Conversations on disk: each a folder `data_folder()/sessions/NAME` that one process at a time has open.
 
     session.json    the turns, their tokens, the settings (session_record.py)
-    XXXX.state      a snapshot (docs/state.md), by the name that a turn has for it
+    SNAPSHOT.state  a snapshot (docs/state.md), by the name that a turn has for it
     lock            held as long as the session is open (session_folders.py)
 
 States are written first, then session.json at once and whole, then what it does not need is deleted. So after a crash
