@@ -67,13 +67,6 @@ def checked(result: "CompletedProcess[Any]") -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(files: list[Path]) -> Iterator[Alone]:
-    found = Alone(files[0])
-    yield found
-    found.model.close()
-
-
-@pytest.fixture(scope="module")
 def solo(alone: Alone) -> dict[str, str]:
     """What the model says by itself: to the question, and after the text."""
     prompts = {"chat": alone.chat_tokens(("user", _QUESTION)), "raw": alone.model.tokenizer.encode(_TEXT)}

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -11,33 +10,12 @@ import ollama
 import pytest
 from gguf import GGUFReader
 from ollama_requests import ask, message, moment, refusal, stream
-from served_models import DOCUMENT, NAME, PLAIN, Alone, write_document, write_models
-from serving import running
+from served_models import DOCUMENT, NAME, PLAIN, Alone
 
 from griffin_gguf.runtime.sampling import Sampling
 
 GREEDY = {"temperature": 0, "num_predict": 12}
 PROMPT = "Tell me about the sea."
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_models(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def client(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    data = tmp_path_factory.mktemp("data")
-    write_document(files[0], data)
-    with running(*files, data=data) as server, httpx.Client(base_url=server.url, timeout=60) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def alone(files: list[Path]) -> Iterator[Alone]:
-    found = Alone(files[0])
-    yield found
-    found.model.close()
 
 
 # --- what is here ---

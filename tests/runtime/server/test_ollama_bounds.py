@@ -16,31 +16,11 @@ from endless import endless_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ollama_requests import ask, moment, refusal
-from served_models import DOCUMENT, NAME, Alone, write_document, write_models
+from served_models import DOCUMENT, NAME, Alone
 from serving import Serving, running
 
 GREEDY = {"temperature": 0, "num_predict": 12}
 PROMPT = "Tell me about the sea."
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_models(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def client(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    data = tmp_path_factory.mktemp("data")
-    write_document(files[0], data)
-    with running(*files, data=data) as server, httpx.Client(base_url=server.url, timeout=60) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def alone(files: list[Path]) -> Iterator[Alone]:
-    found = Alone(files[0])
-    yield found
-    found.model.close()
 
 
 # --- loading ---

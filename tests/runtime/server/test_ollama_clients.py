@@ -14,7 +14,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from pydantic import BaseModel, ConfigDict, Field
-from served_models import NAME, PLAIN, Alone, write_models
+from served_models import NAME, PLAIN, Alone
 from serving import serving
 
 GREEDY: dict[str, Any] = {"temperature": 0, "num_predict": 10}
@@ -25,11 +25,6 @@ class Person(BaseModel):
     model_config = ConfigDict(extra="forbid")  # else a model of few words finds no end of further fields
     name: str = Field(max_length=10)
     age: int = Field(ge=0, le=150)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_models(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

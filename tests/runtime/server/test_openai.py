@@ -5,7 +5,6 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-from served_models import DOCUMENT, NAME, PLAIN, Alone, write_document, write_models
+from served_models import DOCUMENT, NAME, PLAIN, Alone
 from serving import running
 
 from griffin_gguf.runtime.logprobs import TokenLogprobs
@@ -39,26 +38,6 @@ OWN: dict[str, Any] = {"id": "", "created": 0, "usage": None}
 
 #: What a request gets where it asks for nothing.
 DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_models(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def client(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    data = tmp_path_factory.mktemp("data")
-    write_document(files[0], data)
-    with running(*files, data=data) as server, httpx.Client(base_url=server.url, timeout=60) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def alone(files: list[Path]) -> Iterator[Alone]:
-    found = Alone(files[0])
-    yield found
-    found.model.close()
 
 
 def user(text: str = PROMPT) -> list[dict[str, Any]]:

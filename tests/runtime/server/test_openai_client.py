@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
-from served_models import NAME, PLAIN, Alone, write_models
+from served_models import NAME, PLAIN, Alone
 from serving import serving
 
 MOST = 10
@@ -24,11 +24,6 @@ class Person(BaseModel):
     name: str = Field(max_length=10)
     mood: Literal["glad", "sad"]
     age: int = Field(ge=0, le=150)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_models(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
