@@ -73,14 +73,14 @@ def pick(
     throughout.
     """
     last = np.asarray(_last(recent, sampling.repeat_last_n), np.intp)
-    return choose(logits, Said(last, *_counted(answer)), sampling, rng)
+    return choose(logits, Said(last, *counted(answer)), sampling, rng)
 
 
 def choose(logits: Logits, said: Said, sampling: Sampling, rng: np.random.Generator) -> int:
     """`pick` by what is known already of the tokens so far."""
     _check(logits)
     logits = penalize(logits, said.recent, sampling.repeat_penalty)
-    logits = _less(logits, said.answer, said.counts, sampling.presence_penalty, sampling.frequency_penalty)
+    logits = discourage(logits, said.answer, said.counts, sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     ids = top_k(logits, sampling.top_k)
@@ -100,15 +100,11 @@ def penalize(logits: Logits, tokens: Sequence[int] | Ids, penalty: float) -> Log
     return changed
 
 
-def discourage(logits: Logits, answer: Sequence[int], presence: float, frequency: float) -> Logits:
-    """Logits less `presence` for each token of `answer`, and less `frequency` as often as it is there.
+def discourage(logits: Logits, ids: Ids, counts: NDArray[np.integer[Any]], presence: float, frequency: float) -> Logits:
+    """Logits less `presence` for each of `ids`, the tokens of the answer, and less `frequency` by their `counts`.
 
     OpenAI's definition: of the answer's tokens, not the prompt's. A copy if any changes.
     """
-    return _less(logits, *_counted(answer), presence, frequency)
-
-
-def _less(logits: Logits, ids: Ids, counts: NDArray[np.integer[Any]], presence: float, frequency: float) -> Logits:
     if presence == frequency == 0 or not ids.size:
         return logits
     changed = logits.copy()
@@ -173,7 +169,7 @@ def _check(logits: Logits) -> None:
         raise GriffinError(f"logits: no token can be chosen: {found}")
 
 
-def _counted(tokens: Sequence[int]) -> tuple[Ids, NDArray[np.intp]]:
+def counted(tokens: Sequence[int]) -> tuple[Ids, NDArray[np.intp]]:
     return np.unique(np.asarray(tokens, dtype=np.intp), return_counts=True)
 
 

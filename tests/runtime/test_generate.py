@@ -20,6 +20,7 @@ from griffin_gguf.runtime.sampling import (
     Logits,
     Sampling,
     choose,
+    counted,
     discourage,
     draw,
     min_p,
@@ -286,7 +287,7 @@ some_logits = arrays(np.float32, 12, elements=st.floats(-20, 20, width=32))
 def chosen(x: Logits, recent: Sequence[int], answer: Sequence[int], s: Sampling, rng: np.random.Generator) -> int:
     """By the pure functions, over all of the text."""
     last = recent if s.repeat_last_n < 0 else recent[max(0, len(recent) - s.repeat_last_n) :]
-    x = discourage(penalize(x, last, s.repeat_penalty), answer, s.presence_penalty, s.frequency_penalty)
+    x = discourage(penalize(x, last, s.repeat_penalty), *counted(answer), s.presence_penalty, s.frequency_penalty)
     return draw(x, min_p(x, top_p(x, top_k(x, s.top_k), s.top_p), s.min_p), s.temperature, rng)
 
 

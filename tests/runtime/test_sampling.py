@@ -14,6 +14,7 @@ from griffin_gguf.runtime.errors import GriffinError, UnsupportedError
 from griffin_gguf.runtime.sampling import (
     Logits,
     Sampling,
+    counted,
     discourage,
     draw,
     min_p,
@@ -106,12 +107,12 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits_once() -> N
 def test_presence_counts_once_and_frequency_every_time() -> None:
     x = logits(2, -2, 4, -INF, 0)
     answer = [0, 1, 0, 3, 0]
-    assert discourage(x, answer, 0.5, 0).tolist() == [1.5, -2.5, 4, -INF, 0]
-    assert discourage(x, answer, 0, 0.25).tolist() == [1.25, -2.25, 4, -INF, 0]
-    assert discourage(x, answer, -1, 0.25).tolist() == [2.25, -1.25, 4, -INF, 0]
+    assert discourage(x, *counted(answer), 0.5, 0).tolist() == [1.5, -2.5, 4, -INF, 0]
+    assert discourage(x, *counted(answer), 0, 0.25).tolist() == [1.25, -2.25, 4, -INF, 0]
+    assert discourage(x, *counted(answer), -1, 0.25).tolist() == [2.25, -1.25, 4, -INF, 0]
     assert x.tolist() == [2, -2, 4, -INF, 0]
-    assert discourage(x, [], 1, 1) is x
-    assert discourage(x, answer, 0, 0) is x
+    assert discourage(x, *counted([]), 1, 1) is x
+    assert discourage(x, *counted(answer), 0, 0) is x
 
 
 @given(
@@ -122,7 +123,7 @@ def test_presence_counts_once_and_frequency_every_time() -> None:
 )
 def test_the_penalties_are_openais_formula(x: Logits, answer: list[int], presence: float, frequency: float) -> None:
     """As its reference has it: mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence."""
-    found = discourage(x, answer, presence, frequency)
+    found = discourage(x, *counted(answer), presence, frequency)
     for j, mu in enumerate(x.tolist()):
         count = answer.count(j)
         assert found[j] == pytest.approx(mu - count * frequency - float(count > 0) * presence, abs=1e-4)
