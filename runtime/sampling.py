@@ -170,6 +170,7 @@ def _check(logits: Logits) -> None:
 
 
 def counted(tokens: Sequence[int]) -> tuple[Ids, NDArray[np.intp]]:
+    """The tokens, each once and ascending, and how often each is there."""
     return np.unique(np.asarray(tokens, dtype=np.intp), return_counts=True)
 
 
