@@ -91,7 +91,7 @@ def test_chat_streams(javascript: JavaScript, solo: dict[str, str]) -> None:
         return parts;""",
         ask={"model": NAME, "messages": _MESSAGES, "options": _OPTIONS},
     )
-    assert len(parts) > 5
+    assert len(parts) > 1
     assert "".join(part["message"]["content"] for part in parts) == solo["chat"]
     assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
     assert parts[-1]["cached_tokens"] <= parts[-1]["prompt_eval_count"]
@@ -121,7 +121,7 @@ def test_generate(javascript: JavaScript, solo: dict[str, str], stream: bool, ki
         ask={"model": NAME, "prompt": prompt, "options": _OPTIONS, "raw": kind == "raw", "stream": stream},
     )
     assert "".join(part["response"] for part in parts) == solo[kind]
-    assert (len(parts) > 5) == stream
+    assert (len(parts) > 1) == stream
 
 
 def test_embed(javascript: JavaScript, alone: Alone) -> None:
