@@ -1,0 +1,111 @@
+"""`griffin llamacpp`: RecurrentGemma inside llama.cpp, as a patch and as programs built with it."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from griffin_gguf.cli.console import note, out
+from griffin_gguf.cli.options import add_command
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    llamacpp = typer.Typer(
+        name="llamacpp",
+        help="RecurrentGemma inside llama.cpp: its programs built with our patch, or the patch itself.",
+        epilog="\n\n".join(
+            (
+                "[bold]Examples[/bold]",
+                "griffin llamacpp build --into ~/llamacpp",
+                "griffin llamacpp patch > recurrentgemma.patch",
+            )
+        ),
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    add_command(
+        llamacpp,
+        "build",
+        build,
+        "griffin llamacpp build --into ~/llamacpp",
+        "griffin llamacpp build --into ~/llamacpp -D GGML_CUDA=ON",
+    )
+    add_command(
+        llamacpp,
+        "patch",
+        patch,
+        "griffin llamacpp patch > recurrentgemma.patch",
+        "griffin llamacpp patch --source ~/llama.cpp > recurrentgemma.patch",
+    )
+    app.add_typer(llamacpp, name="llamacpp")
+
+
+def build(
+    into: Annotated[
+        Path,
+        typer.Option("--into", metavar="DIR", help="The folder for source, build and programs.", show_default=False),
+    ],
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            "--source",
+            metavar="FILE",
+            help="llama-cpp-python's source distribution, where it need not be fetched from the package index.",
+        ),
+    ] = None,
+    definitions: Annotated[
+        list[str] | None,
+        typer.Option("--define", "-D", metavar="NAME=VALUE", help="A setting for cmake; may be repeated."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", metavar="N", min=1, help="Compilers at once; all cores unless given."),
+    ] = None,
+) -> None:
+    """Build llama.cpp's programs with RecurrentGemma in them: server, quantize, perplexity, imatrix, bench, cli.
+
+    The source is the llama.cpp inside the source distribution of the llama-cpp-python that griffin runs on. It takes
+    cmake, a C++ compiler, 1 GB of disk, and some 20 minutes on two cores. A run that was interrupted goes on.
+    """
+    from griffin_gguf.cli.progress import progress
+    from griffin_gguf.runtime.llamacpp.build import compile_programs, configure, prepare
+    from griffin_gguf.runtime.machine import usable_cores
+
+    prepare(into, archive, note)
+    note("Configuring")
+    configure(into, definitions or ())
+    with progress("Compiling", unit="files") as report:
+        programs = compile_programs(into, jobs or usable_cores(), report)
+    out().print("\n".join(map(str, programs)), markup=False, soft_wrap=True)
+    note("docs/ollama.md says how Ollama comes to run these.")
+
+
+def patch(
+    tree: Annotated[
+        Path | None,
+        typer.Option(
+            "--source",
+            metavar="DIR",
+            help="A source tree of llama.cpp to write the patch for; that of the pinned llama-cpp-python unless given.",
+        ),
+    ] = None,
+) -> None:
+    """Print the patch that brings RecurrentGemma to llama.cpp, for git apply or patch -p1.
+
+    It is made for one tree, so its lines fit. Of a tree that is too old or too new the line that is missed is named.
+    """
+    from griffin_gguf.runtime.llamacpp import source
+    from griffin_gguf.runtime.llamacpp.patch import patched, unified_diff
+
+    if tree is not None:
+        sys.stdout.write(unified_diff(patched(tree)))
+        return
+    with TemporaryDirectory(prefix="griffin-") as folder:
+        note(f"Fetching {source.DESCRIPTION}")
+        tree = Path(folder) / "llama.cpp"
+        source.unpack(source.download(Path(folder)), tree)
+        sys.stdout.write(unified_diff(patched(tree)))
