@@ -17,8 +17,8 @@ from griffin_gguf.runtime.sampling import Sampling
 #: How things stand with Ollama itself.
 TODAY = (
     "Ollama as released cannot load this architecture: its llama.cpp does not have RecurrentGemma, and `ollama create` "
-    "refuses the file, which is made for an Ollama whose llama.cpp has it. Until there is one, `griffin serve` speaks "
-    "Ollama's API, and its clients work with that."
+    "refuses the file. `griffin llamacpp build` makes one that has, and docs/ollama.md says how Ollama comes to run it. "
+    "Or `griffin serve` speaks Ollama's API, and its clients work with that."
 )
 
 #: Gemma's turns. There is no system turn: system text goes in front of the next user's, as Gemma's makers advise.

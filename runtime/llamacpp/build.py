@@ -1,6 +1,5 @@
 """llama.cpp's programs, compiled from its source with RecurrentGemma in it, by cmake."""
 
-import platform
 import re
 import shutil
 import subprocess
@@ -26,18 +25,6 @@ _DEFINITIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",  # else cmake fetches one
 }
 
-#: Programs find the libraries beside them, wherever the folder goes. On Linux also before LD_LIBRARY_PATH, which Ollama
-#: sets to a folder with libraries of the same names: that takes DT_RPATH, where linkers write DT_RUNPATH by default.
-_BESIDE = {"CMAKE_BUILD_WITH_INSTALL_RPATH": "ON"}
-_BESIDE_ON = {
-    "Linux": {
-        "CMAKE_INSTALL_RPATH": "$ORIGIN",
-        "CMAKE_EXE_LINKER_FLAGS": "-Wl,--disable-new-dtags",
-        "CMAKE_SHARED_LINKER_FLAGS": "-Wl,--disable-new-dtags",
-    },
-    "Darwin": {"CMAKE_INSTALL_RPATH": "@loader_path"},
-}
-
 #: How far it is, as ninja and make say: "[12/345] Building ..." and "[ 12%] Building ...".
 _COUNT = re.compile(r"\[\s*(\d+)/(\d+)\]|\[\s*(\d+)%\]")
 _ERROR = re.compile(r"\b(?:error|undefined reference)\b", re.IGNORECASE)
@@ -59,7 +46,7 @@ def prepare(into: Path, archive: Path | None, say: Callable[[str], None]) -> Non
                 archive = source.download(Path(folder))
             say("Unpacking it")
             source.unpack(archive, tree)
-    changed = patch.apply(tree)
+    changed = patch.apply(tree, into / "original")
     say(f"Patched {len(changed)} files" if changed else "The source is patched already")
 
 
@@ -68,8 +55,7 @@ def configure(into: Path, definitions: Sequence[str]) -> None:
     folder, log = _folder(into), _log(into)
     log.unlink(missing_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists() else []
-    chosen = _DEFINITIONS | _BESIDE | _BESIDE_ON.get(platform.system(), {})
-    flags = [f"-D{name}={value}" for name, value in chosen.items()] + [f"-D{text}" for text in definitions]
+    flags = [f"-D{name}={value}" for name, value in _DEFINITIONS.items()] + [f"-D{text}" for text in definitions]
     _run([_cmake(), "-S", str(_tree(into)), "-B", str(folder), *generator, *flags], log, lambda line: None)
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from itertools import groupby
 from pathlib import Path
 
 from griffin_gguf.runtime.atomic import atomic
@@ -13,30 +12,55 @@ from griffin_gguf.runtime.llamacpp.registrations import REGISTRATIONS, SOURCE, R
 _MARK = Path("src/llama-arch.h")
 
 
-def patched(tree: Path) -> dict[str, tuple[str, str]]:
-    """What the patch makes of a tree of llama.cpp: file -> (text before, text after), names from the tree's root.
+#: File, named from the tree's root -> its text before and after.
+Texts = Mapping[str, tuple[str, str]]
 
-    A tree that is patched already comes out as it is. Raises `FileFormatError` naming the file and the line that a
-    registration stands behind, where a tree does not have it: nothing is changed then.
+
+def patched(tree: Path, originals: Path | None = None) -> Texts:
+    """What the patch makes of a tree of llama.cpp.
+
+    A tree that is patched already comes out as it is. `originals` has files as they were before an earlier patch, see
+    `apply`. Raises `FileFormatError` naming the file and the line that a registration stands at, where a tree does
+    not have it.
     """
     if not (tree / _MARK).is_file():
         raise FileFormatError(tree, str(_MARK), "is not there; expected a source tree of llama.cpp")
-    texts = {name: _edited(tree, name, list(rows)) for name, rows in groupby(REGISTRATIONS, lambda row: row.file)}
+    texts: dict[str, tuple[str, str]] = {}
+    for name in _touched(originals):
+        path = tree / name
+        kept = originals / name if originals and (originals / name).exists() else path
+        texts[name] = _read(path), _edited(path, _read(kept), [row for row in REGISTRATIONS if row.file == name])
     ours = Path(__file__).with_name(Path(SOURCE).name).read_text(encoding="utf-8")
     there = tree / SOURCE
     return texts | {SOURCE: (_read(there) if there.exists() else "", ours)}
 
 
-def apply(tree: Path) -> list[str]:
-    """Patch a tree in place; returns the names of the files that changed. Raises as `patched`, before any change."""
-    changed = {name: after for name, (before, after) in patched(tree).items() if after != before}
-    for name, text in changed.items():
-        with atomic(tree / name) as file:
-            file.write(text.encode())
+def apply(tree: Path, originals: Path) -> list[str]:
+    """Patch a tree in place; returns the names of the files that changed. Raises as `patched`, before any change.
+
+    Files are kept in the folder `originals` as they were, so that a later version of the patch begins from those.
+    """
+    changed = {name: texts for name, texts in patched(tree, originals).items() if texts[0] != texts[1]}
+    for name, (before, after) in changed.items():
+        if name != SOURCE and not (originals / name).exists():
+            _write(originals / name, before)
+        _write(tree / name, after)
     return list(changed)
 
 
-def unified_diff(texts: Mapping[str, tuple[str, str]]) -> str:
+def _touched(originals: Path | None) -> list[str]:
+    """The files that this patch changes, or an earlier one has, in a fixed order."""
+    kept = [str(path.relative_to(originals)) for path in originals.rglob("*") if path.is_file()] if originals else []
+    return sorted({row.file for row in REGISTRATIONS} | set(kept))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def unified_diff(texts: Texts) -> str:
     """What `patched` gave, as `git apply` and `patch -p1` take it. Empty for a tree that is patched already."""
     return "".join(_diff(name, before, after) for name, (before, after) in sorted(texts.items()) if before != after)
 
@@ -52,20 +76,25 @@ def _diff(name: str, before: str, after: str) -> str:
     return f"diff --git a/{name} b/{name}\n{new}{''.join(lines)}"
 
 
-def _edited(tree: Path, name: str, registrations: list[Registration]) -> tuple[str, str]:
-    before = _read(tree / name)
-    lines = before.splitlines(keepends=True)
+def _edited(path: Path, text: str, registrations: list[Registration]) -> str:
+    """The text of the file `path` with these registrations in it."""
+    lines = text.splitlines(keepends=True)
     for registration in registrations:
-        _insert(tree / name, lines, registration)
-    return before, "".join(lines)
+        _insert(path, lines, registration)
+    return "".join(lines)
 
 
 def _insert(path: Path, lines: list[str], registration: Registration) -> None:
-    """Put a registration's text behind its line, unless it stands there."""
+    """Put a registration's text at its line, unless it stands there."""
     start = _find(path, lines, registration.within, 0) + 1 if registration.within else 0
-    place = _find(path, lines, registration.after, start) + 1
     ours = registration.text.splitlines(keepends=True)
-    if lines[place : place + len(ours)] != ours:
+    place = _find(path, lines, registration.line, start)
+    if registration.after:
+        place += 1
+        there = lines[place : place + len(ours)]
+    else:
+        there = lines[max(0, place - len(ours)) : place]
+    if there != ours:
         lines[place:place] = ours
 
 

@@ -1,6 +1,6 @@
 """Where llama.cpp must hear of the architecture: one table, beside `recurrentgemma.cpp`, which is all the rest.
 
-A registration is a few lines of ours and the line of theirs that they stand behind. It names that line by its words
+A registration is a few lines of ours and the line of theirs that they stand at. It names that line by its words
 and not by its number, so it holds while the tree around it grows, and it holds no more than that line of theirs.
 """
 
@@ -11,14 +11,21 @@ from dataclasses import dataclass
 class Registration:
     """Lines for one place of one file of llama.cpp.
 
-    `text` is put behind the first line that reads `after`, of those behind the first line that reads `within` (or of
-    the whole file). Lines are compared word by word: spaces and indentation do not matter.
+    `text` is put behind the first line that reads `after`, or in front of the first that reads `before`: of the lines
+    behind the first that reads `within`, or of the whole file. Lines are compared word by word, so spaces and
+    indentation do not matter.
     """
 
     file: str
-    after: str
     text: str
+    after: str = ""
+    before: str = ""
     within: str = ""
+
+    @property
+    def line(self) -> str:
+        """The line of theirs that it stands at."""
+        return self.after or self.before
 
 
 #: The new file of the tree, with the contents of ours of the same name.
@@ -87,7 +94,7 @@ REGISTRATIONS = (
     # -- sizes of the memory ------------------------------------------------------------------------------
     Registration(
         "src/llama-hparams.h",
-        after="uint32_t n_embd_head_la = 0;",
+        after="uint32_t ssm_n_group = 0;",
         text="""\
 
     // for RecurrentGemma: channels of the RG-LRU
@@ -160,9 +167,8 @@ REGISTRATIONS = (
     ),
     Registration(
         "src/models/models.h",
-        after="class llama_memory_hybrid_idx_context;",
+        before="struct llama_model_gemma_embedding : public llama_model_base {",
         text="""\
-
 struct llama_model_recurrentgemma : public llama_model_base {
     llama_model_recurrentgemma(const struct llama_model_params & params) : llama_model_base(params) {}
     void load_arch_hparams(llama_model_loader & ml) override;
@@ -207,6 +213,8 @@ struct llama_model_recurrentgemma : public llama_model_base {
 
     std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;
 };
+
+
 """,
     ),
     # -- the scan takes more nodes than a transformer's layer ---------------------------------------------

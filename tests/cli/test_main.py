@@ -14,7 +14,7 @@ from griffin_gguf.cli.main import Griffin, app
 
 COMMANDS = (
     "convert", "imatrix", "quantize", "verify", "inspect", "generate", "chat", "read", "states", "serve", "bench",
-    "report", "compare", "eval", "recall", "estimate", "export-ollama", "demo", "devices", "rpc-server",
+    "report", "compare", "eval", "recall", "estimate", "export-ollama", "llamacpp", "demo", "devices", "rpc-server",
 )  # fmt: skip
 
 

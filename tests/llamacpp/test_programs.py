@@ -73,8 +73,8 @@ def test_bench(programs: Path, demo: dict[str, Path]) -> None:
 def test_cli_answers(programs: Path, demo: dict[str, Path]) -> None:
     said = run(
         programs / "llama-cli",
-        *("-m", demo["Q8_0"], "-p", "What is a cynic?", "--single-turn", "--temp", "0", "-n", "12", "-t", "1"),
+        *("-m", demo["F32"], "-p", "What is a cynic?", "--single-turn", "--temp", "0", "-n", "12", "-t", "1"),
     )
-    alone = Alone(demo["Q8_0"])
+    alone = Alone(demo["F32"])
     answer, _ = alone.answer(alone.chat_tokens(("user", "What is a cynic?")), 12)
     assert answer in said

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import llama_cpp
 import pytest
 from served_models import Alone
 
@@ -20,13 +21,20 @@ TEXT = "The old gentleman took off his hat, and said that " * 12
 
 @contextmanager
 def serving(programs: Path, model: Path, slots: Path) -> Iterator[httpx.Client]:
-    """A client of a llama-server of its own."""
+    """A client of a llama-server of its own, with two slots."""
+    options = ("-t", "1", "-np", "2", "-c", "4096", "--slot-save-path", str(slots))
+    with started(programs / "llama-server", slots / "server.log", "-m", str(model), *options) as client:
+        yield client
+
+
+@contextmanager
+def started(program: Path, log_path: Path, *options: str) -> Iterator[httpx.Client]:
+    """A client of that server, started with these options and a port."""
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
-    options = ("-t", "1", "-np", "2", "-c", "4096", "--port", str(port), "--slot-save-path", str(slots))
     with (
-        (slots / "server.log").open("ab") as log,
-        subprocess.Popen([programs / "llama-server", "-m", model, *options], stdout=log, stderr=log) as process,
+        log_path.open("ab") as log,
+        subprocess.Popen([program, *options, "--port", str(port)], stdout=log, stderr=log) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         try:
@@ -102,3 +110,34 @@ def test_two_clients_at_once_do_not_see_each_other(programs: Path, demo: dict[st
     with serving(programs, demo["F32"], tmp_path) as client:
         both = asked(client, "/completion", prompt=[TEXT, TEXT[60:]], n_predict=8, temperature=0)
     assert [answer["content"] for answer in both] == alone
+
+
+#: What Ollama gives a model whose prompts it makes itself (llm/llama_server.go, `startLlamaServer`).
+OLLAMA = (
+    *("--host", "127.0.0.1", "--no-webui", "--offline", "-c", "512", "-np", "1"),
+    *("--log-verbosity", "4", "--no-log-prefix", "--no-log-timestamps", "--no-jinja", "--chat-template", "chatml"),
+    *("--flash-attn", "auto", "-b", "512", "-ub", "512", "-t", "1", "--context-shift", "--keep", "4"),
+)
+
+
+def test_as_ollama_starts_it(
+    programs: Path, demo: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the wrapper of docs/ollama.md, with the libraries of a llama.cpp without Griffins on the path.
+
+    It writes on where the context is full.
+    """
+    wrapper = tmp_path / "llama-server"
+    unset = "unset LD_LIBRARY_PATH DYLD_LIBRARY_PATH GGML_BACKEND_PATH"
+    wrapper.write_text(f'#!/bin/sh\n{unset}\nexec {programs}/llama-server "$@"\n')
+    wrapper.chmod(0o755)
+    others = str(Path(llama_cpp.__path__[0]) / "lib")
+    monkeypatch.setenv("LD_LIBRARY_PATH", others)
+    monkeypatch.setenv("DYLD_LIBRARY_PATH", others)
+    with started(wrapper, tmp_path / "server.log", "--model", str(demo["F32"]), *OLLAMA) as client:
+        short = asked(client, "/completion", prompt=TEXT, n_predict=24, temperature=0, cache_prompt=True)
+        long = asked(client, "/completion", prompt=TEXT, n_predict=900, temperature=0.8, seed=3, ignore_eos=True)
+    alone = Alone(demo["F32"])
+    expected, _ = alone.answer(alone.model.tokenizer.encode(TEXT), 24)
+    assert short["content"] == expected
+    assert long["tokens_predicted"] == 900

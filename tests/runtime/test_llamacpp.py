@@ -8,13 +8,14 @@ import io
 import os
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError
 from griffin_gguf.runtime.llamacpp import build, patch, source
-from griffin_gguf.runtime.llamacpp.registrations import REGISTRATIONS, SOURCE
+from griffin_gguf.runtime.llamacpp.registrations import REGISTRATIONS, SOURCE, Registration
 
 FILES = {registration.file for registration in REGISTRATIONS}
 
@@ -27,37 +28,68 @@ def tree(tmp_path: Path) -> Path:
         lines = [f"// {name}"]
         for registration in REGISTRATIONS:
             if registration.file == name:
-                lines += [f"{registration.within}", "    something", f"    {registration.after}", "    other", ""]
+                lines += [f"{registration.within}", "    something", f"    {registration.line}", "    other", ""]
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     return root
 
 
+@pytest.fixture
+def originals(tmp_path: Path) -> Path:
+    """Where files are kept as they were."""
+    return tmp_path / "originals"
+
+
 def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_every_registration_stands_behind_its_line(tree: Path) -> None:
+def test_every_registration_stands_at_its_line(tree: Path, originals: Path) -> None:
     before = contents(tree)
-    assert set(patch.apply(tree)) == FILES | {SOURCE}
+    assert set(patch.apply(tree, originals)) == FILES | {SOURCE}
     after = contents(tree)
     for name in FILES:
         text = after[name].decode()
-        mine = [row for row in REGISTRATIONS if row.file == name]
-        assert all(f"    {row.after}\n{row.text}" in text for row in mine)
-        for row in mine:  # and nothing else has changed
-            text = text.replace(f"    {row.after}\n{row.text}", f"    {row.after}\n", 1)
-        assert text == before[name].decode()
+        for row in (row for row in REGISTRATIONS if row.file == name):
+            line = f"    {row.line}\n"
+            both = f"{line}{row.text}" if row.after else f"{row.text}{line}"
+            assert both in text
+            text = text.replace(both, line, 1)
+        assert text == before[name].decode()  # and nothing else has changed
     assert "llama_model_recurrentgemma::load_arch_hparams" in after[SOURCE].decode()
 
 
-def test_a_patched_tree_stays_as_it_is(tree: Path) -> None:
-    patch.apply(tree)
+def test_a_patched_tree_stays_as_it_is(tree: Path, originals: Path) -> None:
+    patch.apply(tree, originals)
     before = contents(tree)
-    assert patch.apply(tree) == []
+    assert patch.apply(tree, originals) == []
     assert patch.unified_diff(patch.patched(tree)) == ""
     assert contents(tree) == before
+
+
+def test_another_version_of_the_patch_begins_from_the_original(
+    tree: Path, originals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier one had other lines, one more file, and our source as it was."""
+    before = contents(tree)
+    (tree / "src/llama-graph.cpp").write_text("void f() {\n}\n")
+    earlier = [replace(row, text=f"// {row.text}") for row in REGISTRATIONS[2:]]
+    extra = Registration("src/llama-graph.cpp", after="void f() {", text="    // ours\n")
+    monkeypatch.setattr(patch, "REGISTRATIONS", (*earlier, extra))
+    patch.apply(tree, originals)
+    (tree / SOURCE).write_text("// as it was\n")
+    monkeypatch.setattr(patch, "REGISTRATIONS", REGISTRATIONS)
+    patch.apply(tree, originals)
+    found = contents(tree)
+    assert found.pop("src/llama-graph.cpp") == b"void f() {\n}\n"
+    for name, data in before.items():
+        (tree / name).write_bytes(data)
+    (tree / SOURCE).unlink()
+    patch.apply(tree, tree.parent / "none")
+    expected = contents(tree)
+    expected.pop("src/llama-graph.cpp")
+    assert found == expected
 
 
 @pytest.mark.parametrize("tool", [["git", "apply", "-p1"], ["patch", "-p1", "--no-backup-if-mismatch"]])
@@ -69,24 +101,26 @@ def test_the_diff_makes_the_same_tree(tree: Path, tool: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(REGISTRATIONS)))
-def test_a_tree_without_a_line_is_refused_by_that_line_and_stays_as_it_is(tree: Path, number: int) -> None:
+def test_a_tree_without_a_line_is_refused_by_that_line_and_stays_as_it_is(
+    tree: Path, originals: Path, number: int
+) -> None:
     row = REGISTRATIONS[number]
     path = tree / row.file
-    path.write_text("".join(line for line in path.open() if line.split() != row.after.split()))
+    path.write_text("".join(line for line in path.open() if line.split() != row.line.split()))
     before = contents(tree)
     with pytest.raises(FileFormatError) as refusal:
-        patch.apply(tree)
+        patch.apply(tree, originals)
     assert refusal.value.path == path
-    assert repr(row.after) in str(refusal.value)
+    assert repr(row.line) in str(refusal.value)
     assert "of another age" in str(refusal.value)
     assert contents(tree) == before
 
 
-def test_spaces_of_a_line_do_not_matter(tree: Path) -> None:
+def test_spaces_of_a_line_do_not_matter(tree: Path, originals: Path) -> None:
     for name in FILES:
         path = tree / name
         path.write_text("".join(f"\t{line.replace(' ', '   ')}" for line in path.open()))
-    patch.apply(tree)
+    patch.apply(tree, originals)
     assert all(row.text in (tree / row.file).read_text() for row in REGISTRATIONS)
 
 
