@@ -17,7 +17,7 @@ from griffin_gguf.runtime.sampling import Sampling
 #: How things stand with Ollama itself.
 TODAY = (
     "Ollama as released cannot load this architecture: its llama.cpp does not have RecurrentGemma, and `ollama create` "
-    "refuses the file. `griffin llamacpp build` makes one that has, and docs/ollama.md says how Ollama comes to run it. "
+    "refuses the file. `griffin llamacpp build` makes one that has; docs/ollama.md says how Ollama comes to run it. "
     "Or `griffin serve` speaks Ollama's API, and its clients work with that."
 )
 

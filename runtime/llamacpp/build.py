@@ -44,8 +44,8 @@ def prepare(into: Path, archive: Path | None, say: Callable[[str], None]) -> Non
             if archive is None:
                 say(f"Fetching {source.DESCRIPTION}")
                 archive = source.download(Path(folder))
-            say("Unpacking it")
             source.unpack(archive, tree)
+            say("Unpacked llama.cpp")
     changed = patch.apply(tree, into / "original")
     say(f"Patched {len(changed)} files" if changed else "The source is patched already")
 

@@ -3,36 +3,21 @@
 scripts/test-llamacpp has the real ones.
 """
 
-import hashlib
-import io
-import os
 import subprocess
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from llama_trees import FILES, archive, pretend, write_tree
 
 from griffin_gguf.runtime.errors import FileFormatError, GriffinError
 from griffin_gguf.runtime.llamacpp import build, patch, source
 from griffin_gguf.runtime.llamacpp.registrations import REGISTRATIONS, SOURCE, Registration
 
-FILES = {registration.file for registration in REGISTRATIONS}
-
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Every registration's lines, other lines between them, and the mark of a source tree."""
-    root = tmp_path / "llama.cpp"
-    for name in FILES:
-        lines = [f"// {name}"]
-        for registration in REGISTRATIONS:
-            if registration.file == name:
-                lines += [f"{registration.within}", "    something", f"    {registration.line}", "    other", ""]
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-    return root
+    return write_tree(tmp_path / "llama.cpp")
 
 
 @pytest.fixture
@@ -138,17 +123,6 @@ def test_a_missing_file_is_named(tree: Path) -> None:
 # -- the source distribution ------------------------------------------------------------------------------
 
 
-def archive(folder: Path, monkeypatch: pytest.MonkeyPatch, tree: Path) -> Path:
-    """A source distribution with `tree` in it, whose checksum is the pinned one."""
-    path = folder / "llama_cpp_python.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(tree, "llama_cpp_python/vendor/llama.cpp")
-        other = tarfile.TarInfo("llama_cpp_python/pyproject.toml")
-        tar.addfile(other, io.BytesIO())
-    monkeypatch.setattr(source, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
-
-
 def test_only_llama_cpp_is_unpacked(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.unpack(archive(tmp_path, monkeypatch, tree), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tree)
@@ -174,15 +148,6 @@ def test_what_pip_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
 # -- building ---------------------------------------------------------------------------------------------
 
 
-def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a `cmake` on the PATH that is this shell script, and no ninja."""
-    folder.mkdir()
-    program = folder / "cmake"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin")
-
-
 def built(into: Path, path: Path, *definitions: str) -> tuple[list[str], list[tuple[int, int]], list[Path]]:
     """Do what the command does: what was said, how far it was, the programs."""
     said: list[str] = []
@@ -196,7 +161,7 @@ def built(into: Path, path: Path, *definitions: str) -> tuple[list[str], list[tu
 def test_progress_is_what_the_tools_say(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(tmp_path / "bin", monkeypatch, "echo '[1/4] Building a'; echo noise; echo '[ 50%] Building b'")
     said, counts, programs = built(tmp_path / "into", archive(tmp_path, monkeypatch, tree))
-    assert said == ["Unpacking it", f"Patched {len(FILES) + 1} files"]
+    assert said == ["Unpacked llama.cpp", f"Patched {len(FILES) + 1} files"]
     assert counts == [(1, 4), (50, 100)]
     assert [path.name for path in programs] == list(build.PROGRAMS)
     assert (tmp_path / "into" / "llama.cpp" / SOURCE).exists()
