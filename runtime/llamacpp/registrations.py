@@ -224,6 +224,18 @@ struct llama_model_recurrentgemma : public llama_model_base {
         after="} else if (model.arch == LLM_ARCH_QWEN3NEXT ||",
         text=f"        model.arch == {_ARCH} ||\n",
     ),
+    # -- shifting positions where a cache has no layers: the one without a window --------------------------
+    Registration(
+        "src/llama-kv-cache.cpp",
+        after="void llama_kv_cache::set_input_k_shift(ggml_tensor * dst) const {",
+        text="""\
+    // no layer of a hybrid model may be in this cache, and then no node uses the input
+    if (!dst->buffer) {
+        return;
+    }
+
+""",
+    ),
     # -- llama-quantize -----------------------------------------------------------------------------------
     Registration(
         "src/llama-quant.cpp",

@@ -105,9 +105,46 @@ def test_two_sequences_interleaved(programs: Path, demo: dict[str, Path], expect
 
 def test_a_sequence_begins_anew(programs: Path, demo: dict[str, Path], expected: Logits) -> None:
     """The second text of a sequence begins at position 0, with what the first left in the memory's cells."""
-    batches = [[Part(0, 0, text.tolist())] for text in (tokens(300, seed=9), tokens(100))]
-    found = logits(programs, demo["F32"], batches, forget_between=True, n_ctx=1024, n_batch=1024)
+    first, second = (Part(0, 0, text.tolist()) for text in (tokens(300, seed=9), tokens(100)))
+    found = logits(programs, demo["F32"], [[first], ("forget", 0, 0), [second]], n_ctx=1024, n_batch=1024)
     assert difference(found[300:], expected[:100]) <= 1e-3
+
+
+@pytest.mark.parametrize("how", ["copy", "carry"])
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_a_sequence_goes_on_as_two(
+    programs: Path, demo: dict[str, Path], expected: Logits, how: str, kv_unified: bool
+) -> None:
+    """By a copy in the memory, and by its state saved and loaded. The second goes on first, and by itself."""
+    text = tokens().tolist()
+    steps = [
+        [Part(0, 0, text[:400])],
+        (how, 0, 1),
+        [Part(1, 400, text[400:450])],
+        [Part(0, 400, text[400:500]), Part(1, 450, text[450:460])],
+        [Part(1, 460, text[460:])],
+    ]
+    found = logits(programs, demo["F32"], steps, n_ctx=2048, n_batch=1024, n_seq_max=3, kv_unified=kv_unified)
+    assert difference(found[400:450], expected[400:450]) <= 1e-3
+    assert difference(found[450:550], expected[400:500]) <= 1e-3
+    assert difference(found[550:], expected[450:]) <= 1e-3
+
+
+def test_a_sequence_goes_back_some_tokens(programs: Path, demo: dict[str, Path], expected: Logits) -> None:
+    """As a server does that guessed wrong: with states kept of the last tokens, also where a batch has fewer."""
+    text, wrong = tokens().tolist(), tokens(20, seed=3).tolist()
+    steps = [
+        [Part(0, 0, text[:297] + wrong[:3])],
+        ("forget", 0, 297),
+        [Part(0, 297, text[297:298])],
+        [Part(0, 298, text[298:299] + wrong[:4])],
+        ("forget", 0, 299),
+        [Part(0, 299, text[299:])],
+    ]
+    found = logits(programs, demo["F32"], steps, n_ctx=1024, n_batch=1024, n_ubatch=64, n_rs_seq=4)
+    assert difference(found[:297], expected[:297]) <= 1e-3
+    assert difference(found[300:302], expected[297:299]) <= 1e-3
+    assert difference(found[306:], expected[299:]) <= 1e-3
 
 
 @pytest.mark.parametrize("name", FILE_TYPES)
