@@ -56,7 +56,8 @@ def _wait(client: httpx.Client) -> None:
     raise AssertionError("llama-server does not come up")
 
 
-def asked(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
+def asked(client: httpx.Client, path: str, **body: Any) -> Any:
+    """The JSON of a request's answer."""
     answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()

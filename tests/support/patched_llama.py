@@ -72,7 +72,9 @@ def main() -> None:
         setattr(params, name, value)
     context = lib.llama_init_from_model(model, params)
     assert context, "no context"
-    width = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    vocab = lib.llama_model_get_vocab(model)
+    assert vocab
+    width = lib.llama_vocab_n_tokens(vocab)
     rows: list[NDArray[np.float32]] = []
     for step in steps:
         if isinstance(step[0], str):
