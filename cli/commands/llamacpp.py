@@ -69,7 +69,7 @@ def build(
     """Build llama.cpp's programs with RecurrentGemma in them: server, quantize, perplexity, imatrix, bench, cli.
 
     The source is the llama.cpp inside the source distribution of the llama-cpp-python that griffin runs on. It takes
-    cmake, a C++ compiler, 1 GB of disk, and some 20 minutes on two cores. A run that was interrupted goes on.
+    cmake, a C++ compiler, half a GB of disk, and 5 to 20 minutes on two cores. A run that was interrupted goes on.
     """
     from griffin_gguf.cli.progress import progress
     from griffin_gguf.runtime.llamacpp.build import compile_programs, configure, prepare

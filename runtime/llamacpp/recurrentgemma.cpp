@@ -3,6 +3,7 @@
 #include "../llama-memory-recurrent.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 // RecurrentGemma: Griffin (ref: https://arxiv.org/abs/2402.19427) as Google trained it (https://arxiv.org/abs/2404.07839).
@@ -23,12 +24,22 @@ void llama_model_recurrentgemma::load_arch_hparams(llama_model_loader & ml) {
     hparams.ssm_d_state = 1;
     hparams.n_embd_lru  = hparams.ssm_d_inner;
 
-    if (hparams.ssm_d_conv < 2 || hparams.n_swa == 0) {
-        throw std::runtime_error("recurrentgemma: ssm.conv_kernel must be at least 2, attention.sliding_window at least 1");
-    }
-    if (hparams.ssm_n_group == 0 || hparams.ssm_d_inner % hparams.ssm_n_group != 0) {
-        throw std::runtime_error("recurrentgemma: ssm.inner_size must be a multiple of ssm.group_count");
-    }
+    const auto check = [](bool valid, const char * what) {
+        if (!valid) {
+            throw std::runtime_error(std::string("recurrentgemma: ") + what);
+        }
+    };
+    check(hparams.n_swa > 0,       "attention.sliding_window must be at least 1");
+    check(hparams.ssm_d_conv >= 2, "ssm.conv_kernel must be at least 2");
+    check(hparams.ssm_n_group > 0 && hparams.ssm_d_inner % hparams.ssm_n_group == 0,
+            "ssm.inner_size must be a multiple of ssm.group_count");
+    check(!hparams.is_n_embd_k_gqa_variable() && !hparams.is_n_embd_v_gqa_variable(),
+            "attention.head_count_kv must be the same for all layers");
+    check(hparams.n_embd_head_k_swa == hparams.n_embd_head_k_full && hparams.n_embd_head_v_swa == hparams.n_embd_head_v_full,
+            "attention.key_length_swa and value_length_swa must be those of all layers");
+    check(hparams.n_rot_swa == hparams.n_rot_full && hparams.n_rot_full > 0 && hparams.n_rot_full % 2 == 0 &&
+            hparams.n_rot_full <= hparams.n_embd_head_k_full,
+            "rope.dimension_count must be even, above 0, no more than attention.key_length, and the same for all layers");
 
     ml.get_key_or_arr(LLM_KV_ATTENTION_RECURRENT_LAYERS, hparams.is_recr_impl, hparams.n_layer_all);
 
@@ -40,9 +51,7 @@ void llama_model_recurrentgemma::load_arch_hparams(llama_model_loader & ml) {
         hparams.is_swa_impl[il] = !hparams.is_recr(il);
         any_recr |= hparams.is_recr(il);
     }
-    if (!any_recr) {
-        throw std::runtime_error("recurrentgemma: attention.recurrent_layers names no layer");
-    }
+    check(any_recr, "attention.recurrent_layers names no layer");
 
     switch (hparams.n_layer()) {
         case 26: type = LLM_TYPE_2B; break;
@@ -119,7 +128,7 @@ llama_model_recurrentgemma::graph::graph(const llama_model & model, const llm_gr
     auto * inp = build_inp_mem_hybrid_iswa();
 
     ggml_tensor * inp_pos     = build_inp_pos();
-    ggml_tensor * inp_begun   = build_inp_begun(inp_pos);
+    ggml_tensor * inp_keep   = build_inp_keep(inp_pos);
     ggml_tensor * inp_out_ids = build_inp_out_ids();
 
     for (int il = 0; il < n_layer; ++il) {
@@ -131,9 +140,9 @@ llama_model_recurrentgemma::graph::graph(const llama_model & model, const llm_gr
         cb(cur, "attn_norm", il);
 
         if (hparams.is_recr(il)) {
-            cur = build_recurrent_block(inp->get_recr(), cur, inp_begun, layer, il);
+            cur = build_recurrent_block(inp->get_recr(), cur, inp_keep, layer, il);
         } else {
-            cur = build_attention_block(inp->get_attn(), cur, inp_pos, layer, il);
+            cur = build_attention_block(model, inp->get_attn(), cur, inp_pos, il);
         }
 
         if (il == n_layer - 1 && inp_out_ids) {
@@ -166,11 +175,13 @@ llama_model_recurrentgemma::graph::graph(const llama_model & model, const llm_gr
     res->t_embd = cur;
 
     if (!cparams.embeddings) {
-        cur = build_lora_mm(model.output, cur);
+        cur = build_lora_mm(model.output, cur, model.output_s);
 
-        cur = ggml_scale(ctx0, cur, 1.0f / hparams.f_final_logit_softcapping);
-        cur = ggml_tanh (ctx0, cur);
-        cur = ggml_scale(ctx0, cur, hparams.f_final_logit_softcapping);
+        if (hparams.f_final_logit_softcapping) {
+            cur = ggml_scale(ctx0, cur, 1.0f / hparams.f_final_logit_softcapping);
+            cur = ggml_tanh (ctx0, cur);
+            cur = ggml_scale(ctx0, cur, hparams.f_final_logit_softcapping);
+        }
         cb(cur, "result_output", -1);
         res->t_logits = cur;
     }
@@ -178,30 +189,35 @@ llama_model_recurrentgemma::graph::graph(const llama_model & model, const llm_gr
     ggml_build_forward_expand(gf, cur);
 }
 
-// [n_lru, 1, n_seqs]: 0 where a sequence begins with this batch, else 1. Position 0 can only be a sequence's first token.
-ggml_tensor * llama_model_recurrentgemma::graph::build_inp_begun(ggml_tensor * inp_pos) const {
+// [n_lru, 1, n_seqs]: 0 where a sequence begins with this ubatch, else 1. Only its first token can be at position 0.
+ggml_tensor * llama_model_recurrentgemma::graph::build_inp_keep(ggml_tensor * inp_pos) const {
     const int64_t n_seqs = ubatch.n_seqs;
 
     ggml_tensor * first = ggml_view_2d(ctx0, inp_pos, 1, n_seqs, ubatch.n_seq_tokens*inp_pos->nb[0], 0);
-    ggml_tensor * begun = ggml_step(ctx0, ggml_cast(ctx0, first, GGML_TYPE_F32));
+    ggml_tensor * keep  = ggml_step(ctx0, ggml_cast(ctx0, first, GGML_TYPE_F32));
 
-    begun = ggml_repeat_4d(ctx0, ggml_reshape_3d(ctx0, begun, 1, 1, n_seqs), hparams.n_embd_lru, 1, n_seqs, 1);
-    cb(begun, "inp_begun", -1);
-    return begun;
+    keep = ggml_repeat_4d(ctx0, ggml_reshape_3d(ctx0, keep, 1, 1, n_seqs), hparams.n_embd_lru, 1, n_seqs, 1);
+    cb(keep, "inp_keep", -1);
+    return keep;
 }
 
 ggml_tensor * llama_model_recurrentgemma::graph::build_attention_block(
+        const llama_model            & model,
         llm_graph_input_attn_kv_iswa * inp,
         ggml_tensor                  * cur,
         ggml_tensor                  * inp_pos,
-        const llama_layer            & layer,
         int                            il) const {
+    const auto & layer = model.layers[il];
+
+    const float freq_base_l  = model.get_rope_freq_base (cparams, il);
+    const float freq_scale_l = model.get_rope_freq_scale(cparams, il);
+
     auto [q, k, v] = build_qkv(layer, cur, n_embd_head_k, n_head, n_head_kv, il);
 
     // only the first n_rot dimensions are turned: half of a head
-    q = ggml_rope_ext(ctx0, q, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
+    q = ggml_rope_ext(ctx0, q, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base_l, freq_scale_l,
             ext_factor, attn_factor, beta_fast, beta_slow);
-    k = ggml_rope_ext(ctx0, k, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
+    k = ggml_rope_ext(ctx0, k, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base_l, freq_scale_l,
             ext_factor, attn_factor, beta_fast, beta_slow);
     cb(q, "Qcur", il);
     cb(k, "Kcur", il);
@@ -216,7 +232,7 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_attention_block(
 ggml_tensor * llama_model_recurrentgemma::graph::build_recurrent_block(
         llm_graph_input_rs * inp,
         ggml_tensor        * cur,
-        ggml_tensor        * inp_begun,
+        ggml_tensor        * inp_keep,
         const llama_layer  & layer,
         int                  il) const {
     ggml_tensor * x = ggml_add(ctx0, build_lora_mm(layer.ssm_x, cur), layer.ssm_x_b);
@@ -226,12 +242,12 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_recurrent_block(
     cb(y, "lru_y", il);
 
     x = build_conv(inp, x, layer, il);
-    x = build_rg_lru(inp, x, inp_begun, layer, il);
+    x = build_rg_lru(inp, x, inp_keep, layer, il);
 
     cur = ggml_geglu_split(ctx0, y, ggml_reshape_2d(ctx0, x, x->ne[0], n_tokens));
     cb(cur, "lru_gated", il);
 
-    cur = ggml_add(ctx0, build_lora_mm(layer.ssm_out, cur), layer.ssm_out_b);
+    cur = ggml_add(ctx0, build_lora_mm(layer.ssm_out, cur, layer.ssm_out_s), layer.ssm_out_b);
     cb(cur, "lru_out", il);
     return cur;
 }
@@ -289,7 +305,7 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_conv(
 ggml_tensor * llama_model_recurrentgemma::graph::build_rg_lru(
         llm_graph_input_rs * inp,
         ggml_tensor        * x,
-        ggml_tensor        * inp_begun,
+        ggml_tensor        * inp_keep,
         const llama_layer  & layer,
         int                  il) const {
     const int64_t n_lru        = hparams.n_embd_lru;
@@ -305,23 +321,24 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_rg_lru(
     cb(r, "lru_gate_r", il);
 
     ggml_tensor * a     = ggml_exp(ctx0, ggml_mul(ctx0, r, layer.ssm_a));
-    ggml_tensor * first = ggml_view_3d(ctx0, a, n_lru, 1, n_seqs, a->nb[1], a->nb[2], 0);
-    ggml_build_forward_expand(gf, ggml_mul_inplace(ctx0, first, inp_begun));
+    ggml_tensor * first = ggml_mul_inplace(ctx0, ggml_view_3d(ctx0, a, n_lru, 1, n_seqs, a->nb[1], a->nb[2], 0), inp_keep);
+    a = ggml_view_3d(ctx0, first, n_lru, n_seq_tokens, n_seqs, a->nb[1], a->nb[2], 0);
     cb(a, "lru_a", il);
 
     ggml_tensor * m = ggml_sqrt(ctx0, ggml_scale_bias(ctx0, ggml_sqr(ctx0, a), -1.0f, 1.0f));
     ggml_tensor * b = ggml_mul(ctx0, ggml_mul(ctx0, i, x), m);
 
-    build_scan(a, b, h);
-    cb(b, "lru_h", il);
+    auto [every_h, last_h] = build_scan(a, b, h);
+    cb(every_h, "lru_h", il);
 
     for (int64_t slot = 0; slot < n_slots(cparams, n_seq_tokens); ++slot) {
-        ggml_tensor * last = ggml_view_2d(ctx0, b, n_lru, n_seqs, b->nb[2], (n_seq_tokens - 1 - slot)*b->nb[1]);
+        ggml_tensor * kept = slot == 0 ? last_h : ggml_view_3d(ctx0, every_h, n_lru, 1, n_seqs,
+                every_h->nb[1], every_h->nb[2], (n_seq_tokens - 1 - slot)*every_h->nb[1]);
         ggml_build_forward_expand(gf,
-                ggml_cpy(ctx0, last, state_slot(ctx0, inp->mctx, cache, hparams.n_embd_s(), n_seqs, slot)));
+                ggml_cpy(ctx0, kept, state_slot(ctx0, inp->mctx, cache, hparams.n_embd_s(), n_seqs, slot)));
     }
 
-    return b;
+    return every_h;
 }
 
 // sigmoid(x @ w + b) with a block-diagonal w: [n_lru/n_block, n_lru/n_block, n_block]
@@ -331,44 +348,56 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_gate(ggml_tensor * x, ggm
 
     ggml_tensor * cur = ggml_permute(ctx0, ggml_reshape_3d(ctx0, x, n_embd_block, n_block, n_tokens), 0, 2, 1, 3);
 
-    cur = ggml_mul_mat(ctx0, w, cur); // [n_embd_block, n_tokens, n_block]
+    cur = build_lora_mm(w, cur); // [n_embd_block, n_tokens, n_block]
     cur = ggml_cont(ctx0, ggml_permute(ctx0, cur, 0, 2, 1, 3));
     cur = ggml_reshape_3d(ctx0, cur, x->ne[0], x->ne[1], x->ne[2]);
 
     return ggml_sigmoid(ctx0, ggml_add(ctx0, cur, b));
 }
 
-// nodes of build_scan for so many tokens in blocks of so many
-static int64_t n_scan_nodes(int64_t n_seq_tokens, int64_t n_in_block) {
-    return 3*(n_in_block - 1) + 2*(n_seq_tokens/n_in_block) + 2*(n_seq_tokens%n_in_block);
+// operations of build_scan for so many tokens in blocks of so many
+static int64_t n_scan_ops(int64_t n_seq_tokens, int64_t n_in_block) {
+    return 3*n_in_block + 2*(n_seq_tokens/n_in_block) + 2*(n_seq_tokens%n_in_block);
 }
 
-// h_t = a_t*h_{t-1} + b_t in place on b, from h on; a is overwritten. a, b: [n_lru, n_seq_tokens, n_seqs], h: [n_lru, 1, n_seqs]
+// h_t = a_t*h_{t-1} + b_t, from h on. Returns every h_t, in the place of b, and the last one; a is overwritten.
+// a, b: [n_lru, n_seq_tokens, n_seqs], h: [n_lru, 1, n_seqs]
 //
-// No operation does this on every backend, so it is done in blocks of tokens, few enough to be cheap: first a chain inside
-// all blocks at once, with the running product of a; then, block by block, what the ones before carry over:
-//     b_t += (a_t*...*a_first)*h_last, where h_last is the last row of the block before
-void llama_model_recurrentgemma::graph::build_scan(ggml_tensor * a, ggml_tensor * b, ggml_tensor * h) const {
+// There is no operation for it, but mul and add do it in few steps if the tokens are taken in blocks:
+//   1. in all blocks at once, from token to token, as if nothing had been before the block; a becomes its running product
+//   2. from block to block, what their last tokens get from before; then the tokens behind the last whole block
+//   3. for all other tokens of the blocks: h_t += (a_t*...*a_first)*(the h before the block)
+//
+// What was done in place is read through a view of its result: so the allocator knows when a buffer is free again.
+std::pair<ggml_tensor *, ggml_tensor *> llama_model_recurrentgemma::graph::build_scan(
+        ggml_tensor * a,
+        ggml_tensor * b,
+        ggml_tensor * h) const {
     const int64_t n_lru        = b->ne[0];
     const int64_t n_seq_tokens = b->ne[1];
     const int64_t n_seqs       = b->ne[2];
 
     int64_t n_in_block = 1;
     for (int64_t n = 2; n <= std::min<int64_t>(n_seq_tokens, 32); ++n) {
-        if (n_scan_nodes(n_seq_tokens, n) < n_scan_nodes(n_seq_tokens, n_in_block)) {
+        if (n_scan_ops(n_seq_tokens, n) < n_scan_ops(n_seq_tokens, n_in_block)) {
             n_in_block = n;
         }
     }
     const int64_t n_block = n_seq_tokens/n_in_block;
 
-    // token j of every block
+    const size_t nb_token = b->nb[1];
+    const size_t nb_block = b->nb[1]*n_in_block;
+    const size_t nb_seq   = b->nb[2];
+
+    // token j of every block, and of that the tokens of n blocks from block m on
     const auto column = [&](ggml_tensor * t, int64_t j) {
-        return ggml_view_3d(ctx0, t, n_lru, n_block, n_seqs, n_in_block*t->nb[1], t->nb[2], j*t->nb[1]);
+        return ggml_view_3d(ctx0, t, n_lru, n_block, n_seqs, nb_block, nb_seq, j*nb_token);
     };
-    const auto rows = [&](ggml_tensor * t, int64_t start, int64_t n) {
-        return ggml_view_3d(ctx0, t, n_lru, n, n_seqs, t->nb[1], t->nb[2], start*t->nb[1]);
+    const auto blocks = [&](ggml_tensor * t, int64_t m, int64_t n) {
+        return ggml_view_3d(ctx0, t, n_lru, n, n_seqs, nb_block, nb_seq, m*nb_block);
     };
 
+    // 1.
     ggml_tensor * product = column(a, 0);
     ggml_tensor * local   = column(b, 0);
     for (int64_t j = 1; j < n_in_block; ++j) {
@@ -381,13 +410,35 @@ void llama_model_recurrentgemma::graph::build_scan(ggml_tensor * a, ggml_tensor 
         ggml_build_forward_expand(gf, product);
     }
 
-    for (int64_t start = 0; start < n_seq_tokens;) {
-        const int64_t n = start < n_block*n_in_block ? n_in_block : 1; // those behind the last block go one by one
-
-        ggml_tensor * carried = ggml_mul(ctx0, rows(a, start, n), h);
-        ggml_build_forward_expand(gf, ggml_add_inplace(ctx0, rows(b, start, n), carried));
-
-        start += n;
-        h = rows(b, start - 1, 1);
+    // 2.
+    ggml_tensor * before = h;
+    const auto go_on = [&](ggml_tensor * a_t, ggml_tensor * b_t) {
+        h = ggml_add_inplace(ctx0, b_t, ggml_mul(ctx0, a_t, h));
+        ggml_build_forward_expand(gf, h);
+    };
+    for (int64_t m = 0; m < n_block; ++m) {
+        go_on(blocks(product, m, 1), blocks(local, m, 1));
     }
+    for (int64_t t = n_block*n_in_block; t < n_seq_tokens; ++t) {
+        go_on(ggml_view_3d(ctx0, a, n_lru, 1, n_seqs, nb_token, nb_seq, t*nb_token),
+              ggml_view_3d(ctx0, b, n_lru, 1, n_seqs, nb_token, nb_seq, t*nb_token));
+    }
+    if (n_in_block == 1) {
+        return { b, h };
+    }
+
+    // 3.
+    const auto others = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx0, t, n_lru, n_in_block - 1, n_block, n_seqs, nb_token, nb_block, nb_seq, 0);
+    };
+    if (n_block > 1) {
+        before = ggml_concat(ctx0, before, blocks(local, 0, n_block - 1), 1);
+    }
+    before = ggml_reshape_4d(ctx0, before, n_lru, 1, n_block, n_seqs);
+
+    ggml_tensor * carried = ggml_mul_inplace(ctx0, others(a), before);
+    ggml_tensor * cur     = ggml_add_inplace(ctx0, others(b), carried);
+    ggml_build_forward_expand(gf, cur);
+
+    return { ggml_view_3d(ctx0, cur, n_lru, n_seq_tokens, n_seqs, nb_token, nb_seq, 0), h };
 }

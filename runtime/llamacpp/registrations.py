@@ -112,17 +112,6 @@ REGISTRATIONS = (
 
 """,
     ),
-    Registration(
-        "src/llama-hparams.cpp",
-        after="uint32_t llama_hparams::n_embd_s() const {",
-        text="""\
-    if (n_embd_lru != 0) {
-        // for RecurrentGemma: one number a channel
-        return n_embd_lru;
-    }
-
-""",
-    ),
     # -- the model ----------------------------------------------------------------------------------------
     Registration(
         "src/llama-model.h",
@@ -150,6 +139,11 @@ REGISTRATIONS = (
     ),
     Registration(
         "src/llama-model.cpp",
+        after="arch == LLM_ARCH_PLAMO2 ||",
+        text=f"                arch == {_ARCH} ||\n",
+    ),
+    Registration(
+        "src/llama-model.cpp",
         within="llama_rope_type llama_model_rope_type(const llama_model * model) {",
         after="case LLM_ARCH_GEMMA_EMBEDDING:",
         text=f"        case {_ARCH}:\n",
@@ -158,8 +152,8 @@ REGISTRATIONS = (
         "src/llama-model.cpp",
         after="int32_t llama_model_n_swa(const llama_model * model) {",
         text=f"""\
-    // the hidden states cannot be rolled back, however many keys and values there are: a server that counts on n_swa
-    // would process every prompt from its beginning
+    // the hidden states cannot be rolled back, however many keys and values there are
+    // with n_swa here, a server would wait for keys of n_swa tokens and process every prompt from its beginning
     if (model->arch == {_ARCH}) {{
         return 0;
     }}
@@ -177,19 +171,19 @@ struct llama_model_recurrentgemma : public llama_model_base {
     struct graph : public llm_graph_context {
         graph(const llama_model & model, const llm_graph_params & params);
 
-        ggml_tensor * build_inp_begun(ggml_tensor * inp_pos) const;
+        ggml_tensor * build_inp_keep(ggml_tensor * inp_pos) const;
 
         ggml_tensor * build_attention_block(
+                const llama_model            & model,
                 llm_graph_input_attn_kv_iswa * inp,
                 ggml_tensor                  * cur,
                 ggml_tensor                  * inp_pos,
-                const llama_layer            & layer,
                 int                            il) const;
 
         ggml_tensor * build_recurrent_block(
                 llm_graph_input_rs * inp,
                 ggml_tensor        * cur,
-                ggml_tensor        * inp_begun,
+                ggml_tensor        * inp_keep,
                 const llama_layer  & layer,
                 int                  il) const;
 
@@ -202,13 +196,14 @@ struct llama_model_recurrentgemma : public llama_model_base {
         ggml_tensor * build_rg_lru(
                 llm_graph_input_rs * inp,
                 ggml_tensor        * x,
-                ggml_tensor        * inp_begun,
+                ggml_tensor        * inp_keep,
                 const llama_layer  & layer,
                 int                  il) const;
 
         ggml_tensor * build_gate(ggml_tensor * x, ggml_tensor * w, ggml_tensor * b) const;
 
-        void build_scan(ggml_tensor * a, ggml_tensor * b, ggml_tensor * h) const;
+        // every state, the last one
+        std::pair<ggml_tensor *, ggml_tensor *> build_scan(ggml_tensor * a, ggml_tensor * b, ggml_tensor * h) const;
     };
 
     std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;
@@ -239,10 +234,10 @@ struct llama_model_recurrentgemma : public llama_model_base {
     # -- llama-quantize -----------------------------------------------------------------------------------
     Registration(
         "src/llama-quant.cpp",
-        within="// TODO: avoid hardcoded tensor names - use the TN_* constants",
-        after="const llm_arch arch = qs.model.arch;",
+        before="// for arches that share the same tensor between the token embeddings and the output, "
+        "we quantize the token embeddings",
         text=f"""\
-
+    // this stands above the rule for MXFP4_MOE, which takes every 3D weight for experts
     if (arch == {_ARCH}) {{
         // the gates are small, and the recurrence runs through them at every token
         if (name.find("ssm_gate_") != std::string::npos) {{
@@ -253,6 +248,20 @@ struct llama_model_recurrentgemma : public llama_model_base {
             return GGML_TYPE_Q3_K;
         }}
     }}
+
+""",
+    ),
+    # -- the test that makes a small model of every architecture ------------------------------------------
+    Registration(
+        "tests/test-llama-archs.cpp",
+        before="// dummy tokenizer: token ids are derived from fixed-size chunks and detokenized as hex ids",
+        text=f"""\
+    if (arch == {_ARCH}) {{
+        ms.add_kv(LLM_KV_ATTENTION_RECURRENT_LAYERS, std::vector<uint32_t>({{1, 0}}));
+        ms.add_kv(LLM_KV_FINAL_LOGIT_SOFTCAPPING,    30.0f);
+        ms.add_kv(LLM_KV_EMBEDDING_SCALE,            16.0f);
+    }}
+
 """,
     ),
 )

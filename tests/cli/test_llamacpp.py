@@ -32,7 +32,7 @@ def test_build_tells_what_it_does_and_where_the_programs_are(tmp_path: Path, mon
     assert result.stdout.split() == [str(tmp_path / "into" / "build" / "bin" / name) for name in PROGRAMS]
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
         "Unpacked llama.cpp",
-        "Patched 11 files",
+        "Patched 12 files",
         "Configuring",
         "Compiling",
         "docs/ollama.md says how Ollama comes to run these.",

@@ -62,6 +62,13 @@ def test_imatrix_is_one_that_griffin_takes(imatrix: Path) -> None:
     assert {"blk.0.ssm_x.weight", "blk.0.ssm_gate_i.weight", "blk.2.attn_q.weight"} <= set(found.entries)
 
 
+def test_llama_cpp_s_own_test_of_architectures(programs: Path) -> None:
+    """A small random model, saved and loaded again."""
+    said = run(programs / "test-llama-archs", "-a", "recurrentgemma")
+    assert "recurrentgemma" in said
+    assert "all 1 test(s) passed" in said
+
+
 def test_bench(programs: Path, demo: dict[str, Path]) -> None:
     options = ("-p", "600", "-n", "8", "-r", "1", "-t", "1", "-o", "json")
     done = subprocess.run(
