@@ -78,10 +78,10 @@ def build(
     prepare(into, archive, note)
     note("Configuring")
     configure(into, definitions or ())
-    with progress("Compiling", unit="files") as report:
+    with progress("Compiling", unit="steps") as report:
         programs = compile_programs(into, jobs or usable_cores(), report)
     out().print("\n".join(map(str, programs)), markup=False, soft_wrap=True)
-    note("docs/ollama.md says how Ollama comes to run these.")
+    note("How Ollama comes to run these: docs/ollama.md in griffin-gguf's repository.")
 
 
 def patch(
@@ -89,23 +89,26 @@ def patch(
         Path | None,
         typer.Option(
             "--source",
-            metavar="DIR",
-            help="A source tree of llama.cpp to write the patch for; that of the pinned llama-cpp-python unless given.",
+            metavar="PATH",
+            help="A source tree of llama.cpp to write the patch for, or the source distribution of the pinned "
+            "llama-cpp-python, which else is fetched from the package index.",
         ),
     ] = None,
 ) -> None:
     """Print the patch that brings RecurrentGemma to llama.cpp, for git apply or patch -p1.
 
-    It is made for one tree, so its lines fit. Of a tree that is too old or too new the line that is missed is named.
+    It is made for one tree, so its lines fit. Where a tree is too old or too new, the error names the line that it
+    lacks.
     """
     from griffin_gguf.runtime.llamacpp import source
     from griffin_gguf.runtime.llamacpp.patch import patched, unified_diff
 
-    if tree is not None:
-        sys.stdout.write(unified_diff(patched(tree)))
-        return
-    with TemporaryDirectory(prefix="griffin-") as folder:
-        note(f"Fetching {source.DESCRIPTION}")
-        tree = Path(folder) / "llama.cpp"
-        source.unpack(source.download(Path(folder)), tree)
-        sys.stdout.write(unified_diff(patched(tree)))
+    with TemporaryDirectory(prefix="griffin-") as name:
+        if tree is None or tree.is_file():
+            folder = Path(name)
+            if tree is None:
+                note(f"Fetching {source.DESCRIPTION}")
+            archive = tree or source.download(folder)
+            tree = folder / "llama.cpp"
+            source.unpack(archive, tree)
+        sys.stdout.buffer.write(unified_diff(patched(tree)))

@@ -1,7 +1,7 @@
 """Where llama.cpp must hear of the architecture: one table, beside `recurrentgemma.cpp`, which is all the rest.
 
-A registration is a few lines of ours and the line of theirs that they stand at. It names that line by its words
-and not by its number, so it holds while the tree around it grows, and it holds no more than that line of theirs.
+A registration is a few lines of ours and the line of theirs that they stand at. It names that line by its words and not
+by its number, so it holds while the tree around it grows.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 class Registration:
     """Lines for one place of one file of llama.cpp.
 
-    `text` is put behind the first line that reads `after`, or in front of the first that reads `before`: of the lines
-    behind the first that reads `within`, or of the whole file. Lines are compared word by word, so spaces and
-    indentation do not matter.
+    `text` is put behind the line that reads `after`, or in front of the one that reads `before`. There must be just
+    one: in the file, or, of the lines behind the one that reads `within`, up to the brace that closes a function. Lines
+    are compared word by word, so spaces and indentation do not matter.
     """
 
     file: str

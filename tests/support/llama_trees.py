@@ -12,6 +12,7 @@ from griffin_gguf.runtime.llamacpp import source
 from griffin_gguf.runtime.llamacpp.registrations import REGISTRATIONS
 
 FILES = {registration.file for registration in REGISTRATIONS}
+NAMES = ("server", "quantize", "perplexity", "imatrix", "bench", "cli")
 
 
 def write_tree(root: Path) -> Path:
@@ -20,7 +21,7 @@ def write_tree(root: Path) -> Path:
         lines = [f"// {name}"]
         for row in REGISTRATIONS:
             if row.file == name:
-                lines += [row.within, "    something", f"    {row.line}", "    other", ""]
+                lines += [row.within, "    something", f"    {row.line}", "    other", "}", ""]
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
@@ -38,9 +39,10 @@ def archive(folder: Path, monkeypatch: pytest.MonkeyPatch, tree: Path) -> Path:
 
 
 def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a `cmake` on the PATH that is this shell script."""
-    folder.mkdir()
+    """Put a `cmake` on the PATH that is this shell script, and makes the programs if told to compile."""
+    making = 'mkdir -p "$2/bin"; for name in llama-' + " llama-".join(NAMES) + '; do touch "$2/bin/$name"; done'
     program = folder / "cmake"
-    program.write_text(f"#!/bin/sh\n{script}\n")
+    folder.mkdir()
+    program.write_text(f'#!/bin/sh\n{script}\n[ "$1" = --build ] && {{ {making}; }}\nexit 0\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin")
