@@ -68,8 +68,8 @@ def begun(model: Model, depths: list[int]) -> dict[int, State]:
 
 def compare(path: Path, program: Path, depths: list[int], rounds: int, threads: int) -> None:
     """Print a line for each test, depth and way of ours."""
-    tokens = np.random.default_rng(0).integers(3, 256000, PROMPT).astype(np.int32)
     models = {way: opened(path, threads, way) for way in ("mapped", "both")}
+    tokens = np.random.default_rng(0).integers(3, models["mapped"].hp.vocab, PROMPT).astype(np.int32)
     beginnings = {way: begun(model, depths) for way, model in models.items()}
     speeds: dict[str, list[Speeds]] = {way: [] for way in (*models, "llama.cpp")}
     for _ in range(rounds + 1):

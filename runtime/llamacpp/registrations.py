@@ -22,6 +22,9 @@ class Registration:
     before: str = ""
     within: str = ""
 
+    def __post_init__(self) -> None:
+        assert bool(self.after) != bool(self.before), self.file
+
     @property
     def line(self) -> str:
         """The line of theirs that it stands at."""

@@ -1,5 +1,6 @@
 """The patched llama-server: chat, turns that read only what is new, slots that are saved and restored."""
 
+import re
 import socket
 import subprocess
 import time
@@ -121,6 +122,16 @@ OLLAMA = (
 )
 
 
+def wrapper(folder: Path, program: str) -> Path:
+    """The wrapper of docs/ollama.md around a program, as its line makes it."""
+    page = (Path(__file__).parents[2] / "docs" / "ollama.md").read_text()
+    (script,) = re.findall(r"printf '([^']+)' ", page)
+    path = folder / Path(program).name
+    path.write_text(script.replace("\\n", "\n").replace("%s", program))
+    path.chmod(0o755)
+    return path
+
+
 def test_as_ollama_starts_it(
     programs: Path, demo: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,14 +139,15 @@ def test_as_ollama_starts_it(
 
     It writes on where the context is full.
     """
-    wrapper = tmp_path / "llama-server"
-    unset = "unset LD_LIBRARY_PATH DYLD_LIBRARY_PATH GGML_BACKEND_PATH"
-    wrapper.write_text(f'#!/bin/sh\n{unset}\nexec {programs}/llama-server "$@"\n')
-    wrapper.chmod(0o755)
     others = str(Path(llama_cpp.__path__[0]) / "lib")
     monkeypatch.setenv("LD_LIBRARY_PATH", others)
     monkeypatch.setenv("DYLD_LIBRARY_PATH", others)
-    with started(wrapper, tmp_path / "server.log", "--model", str(demo["F32"]), *OLLAMA) as client:
+    monkeypatch.setenv("GGML_BACKEND_PATH", "/none/libggml-cuda.so")
+    said = subprocess.run([wrapper(tmp_path, "/usr/bin/env")], capture_output=True, text=True, check=True).stdout
+    assert not any(name in said for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "GGML_BACKEND_PATH"))
+    with started(
+        wrapper(tmp_path, f"{programs}/llama-server"), tmp_path / "server.log", "--model", str(demo["F32"]), *OLLAMA
+    ) as client:
         short = asked(client, "/completion", prompt=TEXT, n_predict=24, temperature=0, cache_prompt=True)
         long = asked(client, "/completion", prompt=TEXT, n_predict=900, temperature=0.8, seed=3, ignore_eos=True)
     alone = Alone(demo["F32"])

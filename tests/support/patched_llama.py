@@ -61,10 +61,11 @@ def main() -> None:
 
     plan = json.load(sys.stdin)
     steps = plan.pop("steps")
-    silent = lib.llama_log_callback(lambda level, text, data: None)
-    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    said: list[str] = []
+    keep = lib.llama_log_callback(lambda level, text, data: said.append(text.decode()))
+    lib.llama_log_set(keep, ctypes.c_void_p(0))
     model = lib.llama_model_load_from_file(sys.argv[1].encode(), lib.llama_model_default_params())
-    assert model, "the model does not load"
+    assert model, "".join(said)
     params = lib.llama_context_default_params()
     params.n_threads = params.n_threads_batch = 1
     params.swa_full = False  # as llama.cpp's programs have it: no keys are kept but the window's
