@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
-// RecurrentGemma: Griffin (ref: https://arxiv.org/abs/2402.19427) as Google trained it (https://arxiv.org/abs/2404.07839).
+// RecurrentGemma (ref: https://arxiv.org/abs/2404.07839) is a Griffin (ref: https://arxiv.org/abs/2402.19427)
 // Two of three layers mix tokens by a gated linear recurrence (RG-LRU), the third by local attention; each is followed
 // by an MLP. A sequence's memory does not grow: a recurrent layer holds its hidden state (cache_s) and the last inputs
 // of its convolution (cache_r), an attention layer the keys and values of its window.
@@ -35,11 +35,13 @@ void llama_model_recurrentgemma::load_arch_hparams(llama_model_loader & ml) {
             "ssm.inner_size must be a multiple of ssm.group_count");
     check(!hparams.is_n_embd_k_gqa_variable() && !hparams.is_n_embd_v_gqa_variable(),
             "attention.head_count_kv must be the same for all layers");
-    check(hparams.n_embd_head_k_swa == hparams.n_embd_head_k_full && hparams.n_embd_head_v_swa == hparams.n_embd_head_v_full,
+    check(hparams.n_embd_head_k_swa == hparams.n_embd_head_k_full &&
+          hparams.n_embd_head_v_swa == hparams.n_embd_head_v_full,
             "attention.key_length_swa and value_length_swa must be those of all layers");
-    check(hparams.n_rot_swa == hparams.n_rot_full && hparams.n_rot_full > 0 && hparams.n_rot_full % 2 == 0 &&
-            hparams.n_rot_full <= hparams.n_embd_head_k_full,
-            "rope.dimension_count must be even, above 0, no more than attention.key_length, and the same for all layers");
+    check(hparams.n_rot_full > 0 && hparams.n_rot_full % 2 == 0 && hparams.n_rot_full <= hparams.n_embd_head_k_full,
+            "rope.dimension_count must be even, above 0 and no more than attention.key_length");
+    check(hparams.n_rot_swa == hparams.n_rot_full,
+            "rope.dimension_count_swa must be rope.dimension_count");
 
     ml.get_key_or_arr(LLM_KV_ATTENTION_RECURRENT_LAYERS, hparams.is_recr_impl, hparams.n_layer_all);
 
@@ -65,6 +67,7 @@ void llama_model_recurrentgemma::load_arch_tensors(llama_model_loader &) {
 
     const int64_t n_lru    = hparams.n_embd_lru;
     const int64_t n_block  = hparams.ssm_n_group; // the gates' weights are block-diagonal
+    const int64_t n_gate   = n_lru/n_block;
     const int64_t d_conv   = hparams.ssm_d_conv;
     const int64_t n_embd_q = n_embd_head_k * n_head;
 
@@ -106,9 +109,9 @@ void llama_model_recurrentgemma::load_arch_tensors(llama_model_loader &) {
         layer.ssm_conv1d   = create_tensor(tn(LLM_TENSOR_SSM_CONV1D, "weight", i), {d_conv, n_lru}, 0);
         layer.ssm_conv1d_b = create_tensor(tn(LLM_TENSOR_SSM_CONV1D, "bias",   i), {n_lru}, 0);
 
-        layer.ssm_gate_i   = create_tensor(tn(LLM_TENSOR_SSM_GATE_I, "weight", i), {n_lru/n_block, n_lru/n_block, n_block}, 0);
+        layer.ssm_gate_i   = create_tensor(tn(LLM_TENSOR_SSM_GATE_I, "weight", i), {n_gate, n_gate, n_block}, 0);
         layer.ssm_gate_i_b = create_tensor(tn(LLM_TENSOR_SSM_GATE_I, "bias",   i), {n_lru}, 0);
-        layer.ssm_gate_r   = create_tensor(tn(LLM_TENSOR_SSM_GATE_R, "weight", i), {n_lru/n_block, n_lru/n_block, n_block}, 0);
+        layer.ssm_gate_r   = create_tensor(tn(LLM_TENSOR_SSM_GATE_R, "weight", i), {n_gate, n_gate, n_block}, 0);
         layer.ssm_gate_r_b = create_tensor(tn(LLM_TENSOR_SSM_GATE_R, "bias",   i), {n_lru}, 0);
 
         // -8*softplus(the recurrent parameter): the logarithm of the strongest decay
@@ -283,13 +286,15 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_conv(
     const int64_t n_seq_tokens = ubatch.n_seq_tokens;
 
     ggml_tensor * cache = inp->mctx->get_r_l(il);
-    ggml_tensor * kept  = ggml_reshape_3d(ctx0, build_rs(inp, cache, hparams.n_embd_r(), n_seqs), n_kept, n_lru, n_seqs);
+    ggml_tensor * kept  = build_rs(inp, cache, hparams.n_embd_r(), n_seqs);
+    kept = ggml_reshape_3d(ctx0, kept, n_kept, n_lru, n_seqs);
 
     x = ggml_transpose(ctx0, ggml_reshape_3d(ctx0, x, n_lru, n_seq_tokens, n_seqs));
     x = ggml_concat(ctx0, kept, x, 0); // [n_kept + n_seq_tokens, n_lru, n_seqs]
 
     for (int64_t slot = 0; slot < n_slots(cparams, n_seq_tokens); ++slot) {
-        ggml_tensor * last = ggml_view_3d(ctx0, x, n_kept, n_lru, n_seqs, x->nb[1], x->nb[2], (n_seq_tokens - slot)*x->nb[0]);
+        ggml_tensor * last = ggml_view_3d(ctx0, x, n_kept, n_lru, n_seqs,
+                x->nb[1], x->nb[2], (n_seq_tokens - slot)*x->nb[0]);
         ggml_build_forward_expand(gf,
                 ggml_cpy(ctx0, last, state_slot(ctx0, inp->mctx, cache, hparams.n_embd_r(), n_seqs, slot)));
     }
@@ -321,7 +326,8 @@ ggml_tensor * llama_model_recurrentgemma::graph::build_rg_lru(
     cb(r, "lru_gate_r", il);
 
     ggml_tensor * a     = ggml_exp(ctx0, ggml_mul(ctx0, r, layer.ssm_a));
-    ggml_tensor * first = ggml_mul_inplace(ctx0, ggml_view_3d(ctx0, a, n_lru, 1, n_seqs, a->nb[1], a->nb[2], 0), inp_keep);
+    ggml_tensor * first = ggml_view_3d(ctx0, a, n_lru, 1, n_seqs, a->nb[1], a->nb[2], 0);
+    first = ggml_mul_inplace(ctx0, first, inp_keep);
     a = ggml_view_3d(ctx0, first, n_lru, n_seq_tokens, n_seqs, a->nb[1], a->nb[2], 0);
     cb(a, "lru_a", il);
 
@@ -364,7 +370,7 @@ static int64_t n_scan_ops(int64_t n_seq_tokens, int64_t n_in_block) {
 // a, b: [n_lru, n_seq_tokens, n_seqs], h: [n_lru, 1, n_seqs]
 //
 // There is no operation for it, but mul and add do it in few steps if the tokens are taken in blocks:
-//   1. in all blocks at once, from token to token, as if nothing had been before the block; a becomes its running product
+//   1. in all blocks at once, from token to token, as if nothing had been before; a becomes its running product
 //   2. from block to block, what their last tokens get from before; then the tokens behind the last whole block
 //   3. for all other tokens of the blocks: h_t += (a_t*...*a_first)*(the h before the block)
 //
