@@ -1,5 +1,6 @@
 """`griffin llamacpp`: RecurrentGemma inside llama.cpp, as a patch and as programs built with it."""
 
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +72,9 @@ def build(
     The source is the llama.cpp inside the source distribution of the llama-cpp-python that griffin runs on. It takes
     cmake, a C++ compiler, half a GB of disk, and 5 to 20 minutes on two cores. A run that was interrupted goes on.
     """
+    for text in definitions or ():
+        if not re.fullmatch(r"[^=\s]+=.*", text):
+            raise typer.BadParameter(f"{text!r} is no setting; expected NAME=VALUE", param_hint="--define")
     from griffin_gguf.cli.progress import progress
     from griffin_gguf.runtime.llamacpp.build import compile_programs, configure, prepare
     from griffin_gguf.runtime.machine import usable_cores

@@ -43,7 +43,10 @@ def prepare(into: Path, archive: Path | None, say: Callable[[str], None]) -> Non
     tree = _tree(into)
     if not source.is_ours(tree):
         if any(into.iterdir()):
-            raise GriffinError(f"{into}: is not empty, and not by griffin llamacpp build; expected a new folder")
+            raise GriffinError(
+                f"{into}: is not empty, and holds no {source.PACKAGE} {source.RELEASE} that griffin llamacpp build put "
+                f"there; expected a new folder"
+            )
         with TemporaryDirectory(prefix=".griffin-", dir=into) as folder:
             if archive is None:
                 say(f"Fetching {source.DESCRIPTION}")

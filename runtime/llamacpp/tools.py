@@ -5,7 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=_path())
 
 
-def run(command: Sequence[str], read: Callable[[str], None]) -> list[str]:
-    """Run a tool to its end, each line of its output to `read`; returns all lines.
+def run(command: Sequence[str], read: Callable[[str], object]) -> None:
+    """Run a tool to its end, each line of its output to `read`.
 
     Raises `ToolError` where it fails. Whatever it has started ends with it, and with whoever interrupts this.
     """
-    lines: list[str] = []
+    last: deque[str] = deque(maxlen=_LAST)
     with subprocess.Popen(
         command,
         env=os.environ | {"PATH": _path()},
@@ -42,23 +43,22 @@ def run(command: Sequence[str], read: Callable[[str], None]) -> list[str]:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                lines.append(line)
+                last.append(line)
                 read(line)
         except BaseException:
             _end(process.pid)
             raise
     if process.returncode:
-        raise ToolError(reason(lines))
-    return lines
+        raise ToolError(reason(last))
 
 
 class ToolError(GriffinError):
     """A tool that failed: its reason."""
 
 
-def reason(lines: Sequence[str]) -> str:
-    """The first of the last lines that speaks of an error, with what cmake puts below it; else the last one."""
-    said = [line.rstrip() for line in lines[-_LAST:] if line.strip()] or ["it gave no reason"]
+def reason(lines: Iterable[str]) -> str:
+    """The first line that speaks of an error, with what cmake puts below it; else the last one."""
+    said = [line.rstrip() for line in lines if line.strip()] or ["it gave no reason"]
     start = next((i for i, line in enumerate(said) if _ERROR.search(line)), len(said) - 1)
     words = [said[start].strip()]
     if words[0].endswith(":"):

@@ -49,6 +49,13 @@ def test_a_damaged_source_distribution_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("text", ["nonsense", "=1", "A B=1"])
+def test_what_is_no_setting_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    line = refused("llamacpp", "build", "--into", tmp_path / "x", "-D", text, code=2)
+    assert f"{text!r} is no setting; expected NAME=VALUE" in line
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_tree_is_no_source_distribution(tmp_path: Path) -> None:
     line = refused("llamacpp", "build", "--into", tmp_path / "x", "--source", tmp_path)
     assert line == f"{tmp_path}: file: expected llama-cpp-python 0.3.36's source distribution, a .tar.gz"

@@ -187,6 +187,11 @@ def test_a_missing_file_is_named(tree: Path) -> None:
 # -- the source distribution ------------------------------------------------------------------------------
 
 
+def test_the_release_is_the_one_that_griffin_runs_on() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"{source.PACKAGE}=={source.RELEASE}",' in project
+
+
 def test_only_llama_cpp_is_unpacked(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / ".git").write_text("gitdir: ../../.git/modules/vendor/llama.cpp\n")
     source.unpack(archive(tmp_path, monkeypatch, tree), tmp_path / "out")
@@ -366,7 +371,7 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(
     pretend(tmp_path / "bin", monkeypatch, "true")
     path = archive(tmp_path, monkeypatch, tree)
     before = contents(tree)
-    with pytest.raises(GriffinError, match="is not empty, and not by griffin llamacpp build"):
+    with pytest.raises(GriffinError, match="is not empty, and holds no llama-cpp-python "):
         build.prepare(tmp_path, path, lambda words: None)
     assert contents(tree) == before
 
@@ -427,7 +432,9 @@ def test_tools_beside_this_python_are_found(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "some-tool").write_text("#!/bin/sh\necho found\n")
     (tmp_path / "some-tool").chmod(0o755)
     assert tools.find("some-tool") == str(tmp_path / "some-tool")
-    assert tools.run(["sh", "-c", "some-tool"], lambda line: None) == ["found\n"]
+    said: list[str] = []
+    tools.run(["sh", "-c", "some-tool"], said.append)
+    assert said == ["found\n"]
 
 
 def test_an_interrupted_tool_leaves_no_process(tmp_path: Path) -> None:
