@@ -84,7 +84,8 @@ def verify(
             results = _check_tensors(file, decays, sha256, threads, progress)
             found.damaged += [str(error) for result in results for error in result.errors]
             if sha256:
-                found.damaged += map(str, _compare(file, [result.digest for result in results]))
+                digests = dict(zip(file.tensors, (result.digest for result in results), strict=True))
+                found.damaged += map(str, _compare(file, digests))
             file.check_unchanged()
         except FileFormatError as error:
             found.damaged.append(str(error))
@@ -220,8 +221,8 @@ class _Values:
             yield f"expected no number above 0, since -8·softplus(Λ) has none, found {self._above}"
 
 
-def _compare(file: GgufFile, digests: list[str]) -> Iterator[FileFormatError]:
-    """Set checksums, in file order, against those that the file records."""
+def _compare(file: GgufFile, digests: dict[str, str]) -> Iterator[FileFormatError]:
+    """Set the tensors' checksums against those that the file records: in the order that fits them best."""
     if file.types[CHECKSUMS] != (GGUFValueType.ARRAY, GGUFValueType.STRING):
         yield FileFormatError(file.path, CHECKSUMS, "expected an array of strings")
         return
@@ -231,8 +232,27 @@ def _compare(file: GgufFile, digests: list[str]) -> Iterator[FileFormatError]:
             file.path, CHECKSUMS, f"expected {len(digests)} checksums, one a tensor, found {len(recorded)}"
         )
         return
-    for i, (info, expected, found) in enumerate(zip(file.tensors.values(), recorded, digests, strict=True)):
-        if not _SHA256.fullmatch(expected):
+    expected = min(
+        (dict(zip(names, recorded, strict=True)) for names in _orders(file)),
+        key=lambda each: sum(each[name] != digest for name, digest in digests.items()),
+    )
+    for i, (name, digest) in enumerate(expected.items()):
+        info = file.tensors[name]
+        if not _SHA256.fullmatch(digest):
             yield FileFormatError(file.path, f"{CHECKSUMS}[{i}]", "expected the 64 hex digits of a SHA-256")
-        elif found and found != expected:
-            yield FileFormatError(file.paths[info.part], info.name, f"its SHA-256 is not the one in {CHECKSUMS}")
+        elif digests[name] and digests[name] != digest:
+            yield FileFormatError(file.paths[info.part], name, f"its SHA-256 is not the one in {CHECKSUMS}")
+
+
+def _orders(file: GgufFile) -> Iterator[list[str]]:
+    """In which the checksums may stand: the file's, and the one that we write.
+
+    llama-quantize writes tensors in an order of its own, and carries all keys along.
+    """
+    yield list(file.tensors)
+    try:
+        written = [tensor.name for tensor in file.declared().tensors()]
+    except GriffinError:  # of another architecture, or damaged, which is told elsewhere
+        return
+    if set(written) == set(file.tensors):
+        yield written

@@ -15,6 +15,7 @@ from griffin_gguf.quant.evaluate import Perplexity, score, windows
 from griffin_gguf.quant.file_types import FILE_TYPES
 from griffin_gguf.quant.imatrix import ImportanceMatrix
 from griffin_gguf.quant.runner import open_runner
+from griffin_gguf.quant.verify import verify
 from griffin_gguf.runtime.gguf_file import GgufFile
 
 pytestmark = pytest.mark.llamacpp
@@ -32,6 +33,7 @@ def test_quantize_copies_every_file(programs: Path, demo: dict[str, Path], tmp_p
         for tensor, info in mine.tensors.items():
             assert theirs.tensors[tensor].type == info.type
             assert bytes(theirs.data(tensor)) == bytes(mine.data(tensor))
+    assert verify(copy, sha256=True, threads=1).sound
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -24,8 +24,16 @@ from griffin_gguf.runtime.gguf_header import TensorInfo
 KEY = "griffin.tensor_sha256"
 
 
-def with_checksums(source: Path, target: Path, change: Callable[[list[str]], Any] = lambda digests: digests) -> Path:
-    """Copy a GGUF by way of gguf-py, checksums among its keys; `change` makes them what they should not be."""
+def with_checksums(
+    source: Path,
+    target: Path,
+    change: Callable[[list[str]], Any] = lambda digests: digests,
+    order: Callable[[list[TensorInfo]], list[TensorInfo]] = lambda tensors: tensors,
+) -> Path:
+    """Copy a GGUF by way of gguf-py, checksums among its keys; `change` makes them what they should not be.
+
+    The tensors come in another `order`, while the checksums stay in that of the source.
+    """
     with GgufFile.open(source) as file:
         writer = GGUFWriter(target, file.metadata["general.architecture"])
         for name, value in file.metadata.items():
@@ -33,7 +41,7 @@ def with_checksums(source: Path, target: Path, change: Callable[[list[str]], Any
                 writer.add_key_value(name, value, *file.types[name])
         digests = [hashlib.sha256(file.data(name).tobytes()).hexdigest() for name in file.tensors]
         writer.add_key_value(KEY, change(digests), GGUFValueType.ARRAY)
-        for info in file.tensors.values():
+        for info in order(list(file.tensors.values())):
             writer.add_tensor(info.name, file.data(info.name).reshape(*info.shape[:-1], -1), raw_dtype=info.type)
         finish(writer)
     return target
@@ -114,6 +122,29 @@ def test_every_flipped_bit_of_a_tensor_shows_in_its_checksum(copy: Path) -> None
             assert verify(copy, threads=1).sound
             overwrite(copy, info.offset + at, raw[info.offset + at : info.offset + at + 1])
     assert verify(copy, sha256=True, threads=1).sound
+
+
+def by_name(tensors: list[TensorInfo]) -> list[TensorInfo]:
+    return sorted(tensors, key=lambda info: info.name)
+
+
+def test_checksums_hold_where_another_program_has_put_the_tensors_in_another_order(model: Path, tmp_path: Path) -> None:
+    """As llama-quantize does, and with it `ollama create`; the keys it carries along."""
+    path = with_checksums(model, tmp_path / "m.gguf", order=by_name)
+    assert verify(path, sha256=True, threads=1).sound
+    info = located(path, "blk.1.ffn_norm.weight")
+    raw = path.read_bytes()
+    overwrite(path, info.offset, bytes([raw[info.offset] ^ 1]))
+    assert only(verify(path, sha256=True, threads=1)) == f"{info.name}: its SHA-256 is not the one in {KEY}"
+
+
+def test_two_tensors_that_are_exchanged_are_damage_in_any_order(model: Path, tmp_path: Path) -> None:
+    path = with_checksums(model, tmp_path / "m.gguf", order=by_name)
+    one, other = (located(path, f"blk.{i}.ffn_norm.weight") for i in (0, 1))
+    raw = path.read_bytes()
+    overwrite(path, one.offset, raw[other.offset : other.offset + one.nbytes])
+    overwrite(path, other.offset, raw[one.offset : one.offset + one.nbytes])
+    assert len(verify(path, sha256=True, threads=1).damaged) == 2
 
 
 def test_numbers_that_are_not_finite_are_counted_and_the_first_is_named(copy: Path, monkeypatch: Any) -> None:
